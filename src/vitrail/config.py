@@ -1,0 +1,356 @@
+"""The settings of a run as frozen dataclasses, to and from plain dictionaries, JSON and YAML.
+
+Nothing here imports torch: a command can read, check and print a configuration at once. Field names are unique over all
+sections of `RunConfig`, so that the command line can offer them flat (`--lr`, `--weight-decay`, `--val-fraction`).
+Two sections travel with a saved model instead of describing a run: `Preprocess` and `ModelCard`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+T = TypeVar("T")
+Fit = Literal["crop", "pad", "stretch"]
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says what was given, what is allowed and the nearest valid choice."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes the model's input: stored in every checkpoint and export, used by eval and predict.
+
+    image_size is (height, width) in pixels. `crop`: resize so that the picture covers image_size / crop_fraction, then cut
+    the centre; `pad`: the whole picture, centred on a border of `pad_value` (0..255); `stretch`: both sides set
+    independently. mean and std apply to pixel values scaled to 0..1, one entry per channel (or one for all).
+    """
+
+    image_size: tuple[int, int] = (224, 224)
+    channels: int = 3
+    fit: Fit = "crop"
+    crop_fraction: float = 1.0
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+    pad_value: int = 0
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What travels with a model's weights besides its architecture."""
+
+    name: str = ""
+    classes: tuple[str, ...] = ()
+    multi_label: bool = False
+    preprocess: Preprocess | None = None
+    licence: str = ""
+    provenance: tuple[str, ...] = ()  # newest last: where the weights came from and what was done to them
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from and how they are read.
+
+    Column names matter for tables only. `val_fraction` is used when a source names no validation split: it is cut from the
+    training samples, stratified by class and decided by content hash, so it is stable when files are added or renamed.
+    """
+
+    train_split: str = ""  # "" means: the split called train if there is one, else everything
+    val_split: str = ""  # "" means: val, valid, validation or test if there is one, else val_fraction of the training samples
+    val_fraction: float = 0.15
+    image_column: str = ""  # "" means: recognised (image, path, file, file_name, filename, ...)
+    label_column: str = ""
+    split_column: str = ""
+    multi_label: bool = False
+    labels: str = ""  # embedded sets only: emoji "category" | "glyph"
+    hold_out: str = ""  # emoji only: the designer kept for testing
+    bad_files: Literal["skip", "refuse"] = "skip"
+    decode: Literal["auto", "exact", "scaled"] = "auto"  # auto: DCT-scaled while training, exact otherwise
+    max_pixels: int = 178_956_970  # larger pictures are refused as decompression bombs
+    workers: int = -1  # loader processes; -1 means: chosen from cores and picture size
+    max_samples: int = 0  # per class, 0 means: all
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """The user's wishes for the model's input; what is None is taken from the model or its weights."""
+
+    image_size: tuple[int, int] | None = None
+    channels: int | None = None
+    fit: Fit | None = None
+    crop_fraction: float | None = None
+    interpolation: Interpolation | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training augmentation. Every choice is drawn per sample from (seed, epoch, sample), never per batch."""
+
+    crop: Literal["random", "none"] = "random"  # random = RandomResizedCrop (inception crop); none = the evaluation fit
+    crop_scale: tuple[float, float] = (0.35, 1.0)  # area
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
+    hflip: float = 0.5  # probability
+    vflip: float = 0.0
+    affine_degrees: float = 0.0  # uniform in +- degrees
+    affine_translate: float = 0.0  # fraction of the side
+    affine_scale: tuple[float, float] = (1.0, 1.0)
+    affine_shear: float = 0.0  # degrees
+    randaugment_ops: int = 0  # operations per picture, 0 = off
+    randaugment_magnitude: float = 9.0  # 0..31
+    randaugment_probability: float = 1.0
+    three_augment: bool = False  # DeiT III: one of grayscale, solarise, blur
+    color_jitter: float = 0.0  # strength of brightness, contrast and saturation
+    erasing: float = 0.0  # probability of random erasing
+    mixup: float = 0.0  # alpha of the Beta distribution, 0 = off
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    mix_switch: float = 0.5  # probability of cutmix where both are on
+    repeats: int = 1  # repeated augmentation: copies of a sample in a batch
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised, and what is done about unequal classes."""
+
+    loss: Literal["ce", "bce"] = "ce"
+    label_smoothing: float = 0.0
+    balance: Literal["none", "weights", "sampler", "logit-adjustment"] = "none"
+    balance_power: float = 0.5  # 0 = no correction, 0.5 = square root, 1 = full inverse frequency
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser. `lr` is for a total batch of `lr_batch`; it is scaled linearly to the run's and shown. lr_batch 0: as is."""
+
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 1e-3
+    lr_batch: int = 0
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    momentum: float = 0.9
+    nesterov: bool = False
+    clip_norm: float = 1.0  # global norm, 0 = off
+    layer_decay: float = 1.0  # lr factor per layer away from the head
+    ema: float = 0.0  # decay of the averaged weights, 0 = off
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How long, and how the learning rate moves. `steps` and `time_budget` (minutes) override or bound `epochs`."""
+
+    epochs: float = 20.0
+    steps: int = 0
+    time_budget: float = 0.0  # minutes of training, 0 = none; turned into a step count soon after the start and stored
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    warmup_epochs: float = 1.0
+    warmup_steps: int = 0  # overrides warmup_epochs
+    min_lr: float = 0.0  # fraction of the peak
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.9)  # of the run, for "step"
+    step_factor: float = 0.1
+    patience: int = 0  # evaluations without improvement before stopping, 0 = off
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run, complete: `RunConfig` and the data decide the result."""
+
+    data: str = ""
+    model: str = "vit_tiny_patch16_224"
+    init_from: str = ""  # a run folder or checkpoint to start from; "" = random weights
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model's own config, dotted names ("position.kind")
+    out: str = ""  # run directory; "" means runs/<data>-<model>
+    preset: Literal["none", "auto"] = "none"
+    seed: int = 0
+    batch_size: int = 128  # pictures per optimiser step, over all ranks and accumulation steps
+    accumulate: int = 1  # micro-steps per optimiser step
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: bool = False
+    checkpointing: bool = False  # recompute activations in the backward pass
+    eval_every: float = 1.0  # epochs
+    save_every_steps: int = 0  # 0 = by time only
+    save_every_minutes: float = 5.0
+    keep_last: int = 2
+    max_nonfinite: int = 5  # refused steps in a row before training stops
+    report: bool = True
+    tensorboard: bool = True
+    data_config: DataConfig = field(default_factory=DataConfig)
+    input: InputConfig = field(default_factory=InputConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:
+    """The allowed names most like `given`, best first; never empty unless `allowed` is."""
+    names = [str(name) for name in allowed]
+    close = difflib.get_close_matches(str(given), names, n=count, cutoff=0.5)
+    return close or sorted(names, key=lambda n: -difflib.SequenceMatcher(None, str(given), n).ratio())[:count]
+
+
+def unknown(what: str, given: str, allowed: Iterable[str]) -> ConfigError:
+    """The error for a name that does not exist: what was given, and the nearest valid ones."""
+    names = list(allowed)
+    listing = f"; valid: {', '.join(names)}" if len(names) <= 16 else ""
+    return ConfigError(f"unknown {what} {given!r}: did you mean {' or '.join(map(repr, nearest(given, names)))}?{listing}")
+
+
+def to_dict(config: Any) -> Any:
+    """Plain dictionaries, lists, numbers and strings, ready for JSON or YAML."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Mapping):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """The inverse of `to_dict`: `cls` built from a mapping, types checked and converted.
+
+    Raises ConfigError naming the field, what was given and what is allowed.
+    """
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or cls.__name__}: expected a mapping of settings, got {type(values).__name__} ({values!r})")
+    made: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            raise unknown("setting", f"{where}{key}", [f"{where}{name}" for name in names])
+        made[key] = convert(hints[key], value, f"{where}{key}")
+    return cls(**made)
+
+
+def convert(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type `kind` (also from text, as a command line gives it), or ConfigError."""
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            if type(None) in args:
+                return None
+        return _first_that_fits([a for a in args if a is not type(None)], value, where)
+    if origin is Literal:
+        if value in args:
+            return value
+        for option in args:  # "8" for Literal[8] from a command line
+            if isinstance(value, str) and str(option) == value:
+                return option
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))} (nearest: {nearest(str(value), map(str, args))[0]})")
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else from_dict(kind, value, f"{where}.")  # type: ignore[arg-type]
+    if origin is tuple:
+        return _convert_tuple(args, value, where)
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: expected a mapping, got {value!r}")
+        return dict(value)
+    return _convert_scalar(kind, value, where)
+
+
+def _first_that_fits(kinds: list[Any], value: Any, where: str) -> Any:
+    problems = []
+    for kind in kinds:
+        try:
+            return convert(kind, value, where)
+        except ConfigError as problem:
+            problems.append(str(problem))
+    raise ConfigError(problems[0])
+
+
+def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        value = [part for part in value.replace("x", ",").replace(" ", ",").split(",") if part]
+    if not isinstance(value, (list, tuple)):
+        value = [value]
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(convert(args[0], item, where) for item in value)
+    if len(value) == 1 and len(args) == 2 and args[0] is args[1]:
+        value = [value[0], value[0]]  # one number for both sides of an image
+    if len(value) != len(args):
+        raise ConfigError(f"{where}: expected {len(args)} values, got {len(value)} ({value!r})")
+    return tuple(convert(kind, item, where) for kind, item in zip(args, value, strict=True))
+
+
+def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is bool:
+        words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in words:
+            return words[str(value).lower()]
+        raise ConfigError(f"{where}: expected true or false, got {value!r}")
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{where}: expected a number, got {value!r}") from None
+    if kind is int and not isinstance(value, bool):
+        try:
+            number = float(value)
+            if number == int(number):
+                return int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise ConfigError(f"{where}: expected a whole number, got {value!r}")
+    if kind is str and isinstance(value, (str, Path)):
+        return str(value)
+    if isinstance(value, kind):
+        return value
+    raise ConfigError(f"{where}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def replace_dotted(config: T, changes: Mapping[str, Any]) -> T:
+    """A copy with `{"depth": 6, "position.kind": "2d"}` set; values may be text. Raises ConfigError on unknown names."""
+    hints = get_type_hints(type(config))
+    names = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    plain: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        if head not in names:
+            raise unknown(f"setting of {type(config).__name__}", key, names)
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            plain[head] = convert(hints[head], value, key)
+    for head, inner in nested.items():
+        current = plain.get(head, getattr(config, head))
+        if not dataclasses.is_dataclass(current):
+            raise ConfigError(f"{head}: has no settings of its own, so {head}.{next(iter(inner))} cannot be set")
+        plain[head] = replace_dotted(current, inner)  # type: ignore[type-var]
+    return dataclasses.replace(config, **plain)  # type: ignore[type-var]
+
+
+def load(cls: type[T], path: str | Path) -> T:
+    """Read a configuration from a .yaml, .yml or .json file; YAML is read with the safe loader."""
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as problem:
+        raise ConfigError(f"{path}: not a readable configuration file ({problem})") from None
+    return from_dict(cls, values or {})
+
+
+def dump(config: Any) -> str:
+    """YAML text of a configuration, fields in declaration order."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True, width=120)
