@@ -1,0 +1,123 @@
+"""Scaled dot-product attention: the only place of the package that computes it, and the only place to look into it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Sites = str | Sequence[str] | None
+
+
+class AttentionSite(nn.Module):
+    """A named place where a model attends ("blocks.3.attn.site"); holds its dropout rate and, while recorded, the receiver.
+
+    A module so that it has a name in the model, and so that `training` guards the dropout in one place.
+    """
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.receiver: Callable[[Tensor], None] | None = None
+
+    def extra_repr(self) -> str:
+        """Shown in the model's repr."""
+        return f"dropout={self.dropout}" if self.dropout else ""
+
+
+def attend(
+    q: Float[Tensor, "b k n d"],
+    k: Float[Tensor, "b k m d"],
+    v: Float[Tensor, "b k m e"],
+    bias: Float[Tensor, "#b #k n m"] | None = None,
+    *,
+    site: AttentionSite,
+    scale: float | None = None,
+) -> Float[Tensor, "b k n e"]:
+    """softmax(scale * q k^T + bias) v, by the kernel that is fastest here; `scale` defaults to d ** -0.5.
+
+    While `site` is recorded, the probabilities (b, k, n, m) are computed explicitly and handed to its receiver.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    dropout = site.dropout if site.training else 0.0
+    if site.receiver is None and _prefers_fused(q, k, bias):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    logits = (q * scale) @ k.transpose(-2, -1)
+    if bias is not None:
+        logits = logits + bias
+    # Softmax accumulates in float32 whatever the input; a float32 copy of half-precision logits would only cost time.
+    weights = logits.softmax(-1).to(v.dtype)
+    if site.receiver is not None:
+        site.receiver(weights)
+    return F.dropout(weights, dropout) @ v if dropout else weights @ v
+
+
+def _prefers_fused(q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
+    """Whether scaled_dot_product_attention is the fast choice for these operands.
+
+    Measured on x86 CPUs with AVX-512 (`python -m benchmarks.attention`): the fused kernel wins float32 inference from about
+    100 tokens on and long half-precision sequences; its backward pass is 1.2x (float32) to 4x (bfloat16) slower than two
+    batched products around a softmax at the token counts of this field, and a bias that needs a gradient drops it to its
+    slowest path. Accelerators and exports always take it.
+    """
+    if q.device.type != "cpu" or torch.compiler.is_exporting():
+        return True
+    tokens = k.shape[-2]
+    if torch.is_grad_enabled() and (q.requires_grad or (bias is not None and bias.requires_grad)):
+        return tokens > 1024 and not (bias is not None and bias.requires_grad)
+    return tokens >= (96 if q.dtype == torch.float32 else 1024)
+
+
+def attention_sites(model: nn.Module) -> dict[str, AttentionSite]:
+    """All attention sites of a model by name, in the order of the modules (also of a compiled model)."""
+    prefix = "_orig_mod."
+    return {name.removeprefix(prefix): m for name, m in model.named_modules() if isinstance(m, AttentionSite)}
+
+
+@contextmanager
+def record_attention(model: nn.Module, sites: Sites = None, grad: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect the attention probabilities of the next forward passes, {site name: (b, heads, queries, keys)}.
+
+    `sites` is a list of names, a regular expression searched in the names, or None for all. With `grad` the maps stay in the
+    autograd graph. A later forward pass replaces the maps of an earlier one. A compiled model runs eagerly meanwhile.
+    Raises ValueError when no site matches (a convolutional network has none).
+    """
+    known = attention_sites(model)
+    if sites is None:
+        wanted = list(known)
+    elif isinstance(sites, str):
+        wanted = [name for name in known if re.search(sites, name)]
+    else:
+        wanted = [name for name in sites if name in known]
+        if len(wanted) < len(sites):
+            missing = [name for name in sites if name not in known]
+            raise ValueError(f"no attention site {missing[0]!r}; this model has: {', '.join(known) or 'none'}")
+    if not wanted:
+        raise ValueError(f"no attention site matches {sites!r}; this model has: {', '.join(known) or 'none'}")
+    maps: dict[str, Tensor] = {}
+
+    def receiver(name: str) -> Callable[[Tensor], None]:
+        def receive(weights: Tensor) -> None:
+            maps[name] = weights if grad else weights.detach()
+
+        return receive
+
+    previous = {name: known[name].receiver for name in wanted}
+    eager = torch.compiler.set_stance("force_eager") if _is_compiled(model) else nullcontext()
+    try:
+        for name in wanted:
+            known[name].receiver = receiver(name)
+        with eager:
+            yield maps
+    finally:
+        for name in wanted:
+            known[name].receiver = previous[name]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or model._compiled_call_impl is not None

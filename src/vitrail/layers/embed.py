@@ -1,0 +1,33 @@
+"""From pixels to tokens."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, each mapped linearly to `width` channels (ViT, section 3.1), as a strided convolution."""
+
+    def __init__(self, channels: int, width: int, patch: tuple[int, int]):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], tuple[int, int, int]]:
+        """Tokens in row-major order and their grid (1, rows, columns)."""
+        x = self.proj(x)
+        return x.flatten(2).transpose(1, 2), (1, x.shape[2], x.shape[3])
+
+
+def size_problem(size: tuple[int, int], multiple: tuple[int, int]) -> str:
+    """Why an image of (height, width) does not divide into patches, with the nearest valid sizes; "" when it does."""
+    if all(side > 0 and side % step == 0 for side, step in zip(size, multiple, strict=True)):
+        return ""
+    lower = tuple(max(step, side // step * step) for side, step in zip(size, multiple, strict=True))
+    upper = tuple(-(-side // step) * step for side, step in zip(size, multiple, strict=True))
+    options = f"{lower[0]}x{lower[1]}" + (f" or {upper[0]}x{upper[1]}" if upper != lower else "")
+    return (
+        f"image size {size[0]}x{size[1]} is not divisible by the patch {multiple[0]}x{multiple[1]}; "
+        f"nearest valid: {options} (height x width)"
+    )

@@ -1,0 +1,179 @@
+"""Position embeddings of every kind, and their resizing.
+
+Kinds (ViT, appendix D.4): `none`; `1d`, one learned vector per patch in raster order; `2d`, two learned tables (rows, columns)
+of half the width, concatenated; `sincos`, fixed sines and cosines of row and column; `relative`, learned offsets that meet the
+query inside the attention. All but the last are added to the tokens: once (`stem`), before every block from a table of its
+own (`layers`), or before every block from one table (`shared`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+KINDS = ("none", "1d", "2d", "sincos", "relative")
+PLACES = ("stem", "layers", "shared")
+RESIZE_RULES = ("bicubic", "bicubic_plain", "bilinear_corners", "nearest")
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """Which position embedding, where it is added, and by which rule it is resized to another grid.
+
+    `prefix`: whether class and register tokens have positions of their own (the original ViT: yes; big_vision and the
+    published register models: no). `resize`: `bicubic` (antialiased, ours and timm's), `bicubic_plain` (transformers, DeiT),
+    `bilinear_corners` (the original JAX code: corners aligned), `nearest` (TimeSformer).
+    """
+
+    kind: str = "1d"
+    place: str = "stem"
+    prefix: bool = True
+    resize: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a word that does not exist."""
+        for name, allowed in (("kind", KINDS), ("place", PLACES), ("resize", RESIZE_RULES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"position.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+
+
+def resize_grid(
+    table: Float[Tensor, "n c"], old: tuple[int, ...], new: tuple[int, ...], rule: str = "bicubic"
+) -> Float[Tensor, "m c"]:
+    """Resample a table of vectors on an (H, W) or (T, H, W) grid to another grid; the same grid returns the table itself.
+
+    In three dimensions time is resampled linearly (nearest under `nearest`), then each frame by `rule`.
+    """
+    if tuple(old) == tuple(new):
+        return table
+    if len(old) == 3:
+        return _resize_volume(table, old, new, rule)
+    dtype = table.dtype
+    work = table if dtype == torch.float64 else table.float()
+    grid = work.T.reshape(1, -1, old[0], old[1])
+    size = (new[0], new[1])
+    if rule == "bicubic":
+        grid = F.interpolate(grid, size, mode="bicubic", antialias=True)
+    elif rule == "bicubic_plain":
+        grid = F.interpolate(grid, size, mode="bicubic", align_corners=False)
+    elif rule == "bilinear_corners":
+        grid = F.interpolate(grid, size, mode="bilinear", align_corners=True)
+    else:
+        grid = F.interpolate(grid, size, mode="nearest")
+    return grid.reshape(-1, new[0] * new[1]).T.to(dtype)
+
+
+def _resize_volume(table: Tensor, old: tuple[int, ...], new: tuple[int, ...], rule: str) -> Tensor:
+    frames = table.unflatten(0, (old[0], old[1] * old[2]))  # t n c
+    if old[0] != new[0]:
+        line = frames.flatten(1).T[None].float()  # 1 (n c) t
+        mode = {"mode": "nearest"} if rule == "nearest" else {"mode": "linear", "align_corners": rule == "bilinear_corners"}
+        line = F.interpolate(line, new[0], **mode)
+        frames = line[0].T.to(table.dtype).unflatten(1, (old[1] * old[2], -1))
+    return torch.cat([resize_grid(frame, (old[1], old[2]), (new[1], new[2]), rule) for frame in frames])
+
+
+def resize_line(table: Float[Tensor, "n c"], new: int) -> Float[Tensor, "m c"]:
+    """Resample a one-dimensional table linearly; the same length returns the table itself."""
+    if table.shape[0] == new:
+        return table
+    return F.interpolate(table.T[None].float(), new, mode="linear", align_corners=False)[0].T.to(table.dtype)
+
+
+def sincos_2d(height: int, width: int, channels: int, temperature: float = 10_000.0) -> Float[Tensor, "n c"]:
+    """Fixed 2-D sine-cosine table in MoCo v3's order [sin x, cos x, sin y, cos y] with channels / 4 frequencies (big_vision)."""
+    if channels % 4:
+        raise ValueError(f"sine-cosine positions need a width divisible by 4, got {channels}; nearest: {round(channels / 4) * 4}")
+    omega = torch.arange(channels // 4, dtype=torch.float64) / max(channels // 4 - 1, 1)
+    omega = temperature**-omega
+    y, x = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
+    )
+    waves = [f(axis.flatten()[:, None] * omega) for axis in (x, y) for f in (torch.sin, torch.cos)]
+    return torch.cat(waves, 1).float()
+
+
+class PositionTable(nn.Module):
+    """A table of vectors to add to the tokens, for one grid, resized on the way when the grid differs."""
+
+    def __init__(self, config: PositionConfig, width: int, grid: tuple[int, int], prefix: int):
+        super().__init__()
+        self.kind, self.grid, self.rule = config.kind, grid, config.resize
+        self.prefix = prefix if config.prefix else 0
+        std = 0.02
+        if self.kind == "1d":
+            self.table = nn.Parameter(torch.empty(1, self.prefix + grid[0] * grid[1], width))
+            nn.init.trunc_normal_(self.table, std=std)
+        elif self.kind == "2d":
+            if width % 2:
+                raise ValueError(f"two axis tables need an even width, got {width}; nearest: {width + 1}")
+            self.rows = nn.Parameter(torch.empty(grid[0], width // 2))
+            self.columns = nn.Parameter(torch.empty(grid[1], width // 2))
+            nn.init.trunc_normal_(self.rows, std=std)
+            nn.init.trunc_normal_(self.columns, std=std)
+            if self.prefix:
+                self.prefix_table = nn.Parameter(torch.zeros(1, self.prefix, width))
+        else:
+            self.prefix = 0  # a fixed wave has no place for tokens without a place
+            self.register_buffer("waves", sincos_2d(*grid, width)[None], persistent=False)
+
+    def forward(self, grid: tuple[int, int]) -> tuple[Float[Tensor, "1 p c"] | None, Float[Tensor, "1 n c"]]:
+        """(table of the prefix tokens or None, table of the patches) for a grid of (rows, columns)."""
+        if self.kind == "1d":
+            table = self.table[0]
+            patches = resize_grid(table[self.prefix :], self.grid, grid, self.rule)
+            return (table[None, : self.prefix] if self.prefix else None), patches[None]
+        if self.kind == "2d":
+            rows, columns = resize_line(self.rows, grid[0]), resize_line(self.columns, grid[1])
+            half = rows.shape[1]
+            both = [rows[:, None].expand(-1, grid[1], half), columns[None].expand(grid[0], -1, half)]
+            return (self.prefix_table if self.prefix else None), torch.cat(both, -1).flatten(0, 1)[None]
+        waves = self.waves if grid == self.grid else sincos_2d(*grid, self.waves.shape[-1])[None].to(self.waves)
+        return None, waves
+
+
+def relative_index(queries: int, keys: int | None = None) -> Tensor:
+    """Index (queries, keys) into a table of offsets query - key, shifted to start at 0."""
+    keys = queries if keys is None else keys
+    return torch.arange(queries)[:, None] - torch.arange(keys)[None] + keys - 1
+
+
+class RelativePosition(nn.Module):
+    """Relative attention: the query meets a learned vector per offset, the products bias the logits (ViT, appendix D.4).
+
+    The paper counts offsets in raster order; here rows and columns have a table each, (2 H - 1, d) and (2 W - 1, d), whose
+    products add up, because raster offsets make patches at opposite edges neighbours. Prefix tokens get no bias.
+    """
+
+    def __init__(self, head_dim: int, grid: tuple[int, int], prefix: int):
+        super().__init__()
+        self.grid, self.prefix = grid, prefix
+        self.rows = nn.Parameter(torch.empty(2 * grid[0] - 1, head_dim))
+        self.columns = nn.Parameter(torch.empty(2 * grid[1] - 1, head_dim))
+        nn.init.trunc_normal_(self.rows, std=0.02)
+        nn.init.trunc_normal_(self.columns, std=0.02)
+
+    def bias(self, q: Float[Tensor, "b k n d"], grid: tuple[int, int]) -> Float[Tensor, "b k n n"]:
+        """The bias of the scaled logits for queries on a grid of (rows, columns)."""
+        h, w = grid
+        scale = q.shape[-1] ** -0.5
+        patches = (q[:, :, self.prefix :] * scale).unflatten(2, (h, w))
+        rows = resize_line(self.rows, 2 * h - 1)[relative_index(h).to(q.device)]  # h h d
+        columns = resize_line(self.columns, 2 * w - 1)[relative_index(w).to(q.device)]  # w w d
+        by_row = torch.einsum("bkhwd,hyd->bkhwy", patches, rows.to(q.dtype))
+        by_column = torch.einsum("bkhwd,wxd->bkhwx", patches, columns.to(q.dtype))
+        bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
+        return F.pad(bias, (self.prefix, 0, self.prefix, 0))
+
+
+def grid_side(count: int) -> int:
+    """Side of a square grid of `count` patches; raises ValueError when it is not a square."""
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ValueError(f"{count} positions do not form a square grid; nearest squares: {side * side}, {(side + 1) ** 2}")
+    return side

@@ -1,0 +1,74 @@
+"""What every model of the package offers, and what the registry needs to know about a family."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitrail.layers.features import Features
+
+
+class Model(nn.Module, ABC):
+    """A classifier made of a backbone, a pooling and a head: forward(x) = head(pool(features(x))).
+
+    `config` is the family's frozen dataclass; `name` the registry id ("" if built from a bare config); `card` what travels
+    with the weights (labels, preprocessing, provenance), None for random weights.
+    """
+
+    family: ClassVar[str]
+    config: Any
+    head: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = ""
+        self.card: Any = None
+        self.checkpointing = False
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Features:
+        """Tokens of a normalised input, (b, c, h, w) or (b, c, t, h, w)."""
+
+    @abstractmethod
+    def pool(self, features: Features) -> Tensor:
+        """The embedding (b, c) that the head, probes and nearest neighbours use."""
+
+    @property
+    @abstractmethod
+    def input_multiple(self) -> tuple[int, int]:
+        """(height, width) that image sizes must be multiples of."""
+
+    @abstractmethod
+    def reset_head(self, num_classes: int) -> None:
+        """Replace the classifier by a new one, zero-initialised."""
+
+    @abstractmethod
+    def layer_ids(self) -> dict[str, int]:
+        """{parameter name: depth}: 0 for the stem up to L + 1 for the head, for layer-wise learning-rate decay."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are no weights of a product: tokens and positions (one-dimensional ones go without saying)."""
+        return set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (b, classes) of a normalised input."""
+        return self.head(self.pool(self.features(x)))
+
+    def set_checkpointing(self, on: bool = True) -> None:
+        """Recompute block activations in the backward pass instead of keeping them."""
+        self.checkpointing = on
+
+    def run_block(self, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
+        """One block, recomputed in the backward pass where that is switched on."""
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, *args, use_reentrant=False)
+        return block(x, *args)
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth grows linearly from 0 to `rate` over the blocks (arXiv 1603.09382)."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
