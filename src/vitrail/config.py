@@ -61,134 +61,134 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from and how they are read.
+    """How samples are found and read.
 
-    Column names matter for tables only. `val_fraction` is used when a source names no validation split: it is cut from the
-    training samples, stratified by class and decided by content hash, so it is stable when files are added or renamed.
+    A validation split cut from the training samples is stratified by class and decided by content hash: adding or
+    renaming files moves no other sample.
     """
 
-    train_split: str = ""  # "" means: the split called train if there is one, else everything
-    val_split: str = ""  # "" means: val, valid, validation or test if there is one, else val_fraction of the training samples
-    val_fraction: float = 0.15
-    image_column: str = ""  # "" means: recognised (image, path, file, file_name, filename, ...)
-    label_column: str = ""
-    split_column: str = ""
-    multi_label: bool = False
+    train_split: str = ""  # split to train on; by default the one called train, else everything
+    val_split: str = ""  # by default val, valid, validation or test, else val_fraction of the training samples
+    val_fraction: float = 0.15  # share of the training samples held out where a source names no validation split
+    image_column: str = ""  # of a table; by default recognised (image, path, file, file_name, filename, ...)
+    label_column: str = ""  # of a table; by default recognised (label, class, target, ...)
+    split_column: str = ""  # of a table; by default recognised (split, subset, ...)
+    multi_label: bool = False  # several labels per picture
     labels: str = ""  # embedded sets only: emoji "category" | "glyph"
     hold_out: str = ""  # emoji only: the designer kept for testing
-    bad_files: Literal["skip", "refuse"] = "skip"
+    bad_files: Literal["skip", "refuse"] = "skip"  # unreadable pictures: counted and named, then skipped or refused
     decode: Literal["auto", "exact", "scaled"] = "auto"  # auto: DCT-scaled while training, exact otherwise
     max_pixels: int = 178_956_970  # larger pictures are refused as decompression bombs
-    workers: int = -1  # loader processes; -1 means: chosen from cores and picture size
-    max_samples: int = 0  # per class, 0 means: all
+    workers: int = -1  # loader processes; -1 = chosen from cores and picture size
+    max_samples: int = 0  # per class, 0 = all
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """The user's wishes for the model's input; what is None is taken from the model or its weights."""
+    """What enters the model; what is unset is taken from the model or its weights."""
 
-    image_size: tuple[int, int] | None = None
-    channels: int | None = None
-    fit: Fit | None = None
-    crop_fraction: float | None = None
-    interpolation: Interpolation | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    image_size: tuple[int, int] | None = None  # height,width in pixels; one number for a square
+    channels: int | None = None  # 1 = grey, 3 = colour, or what the files hold
+    fit: Fit | None = None  # crop the centre, pad to show the whole picture, or stretch it
+    crop_fraction: float | None = None  # side of the centre crop as a fraction of the resized picture
+    interpolation: Interpolation | None = None  # of resizing, with antialiasing
+    mean: tuple[float, ...] | None = None  # subtracted from values in 0..1; one per channel, or one for all
+    std: tuple[float, ...] | None = None  # divided by; one per channel, or one for all
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training augmentation. Every choice is drawn per sample from (seed, epoch, sample), never per batch."""
+    """Training augmentation; every choice is drawn per sample from (seed, epoch, sample), never per batch."""
 
     crop: Literal["random", "none"] = "random"  # random = RandomResizedCrop (inception crop); none = the evaluation fit
-    crop_scale: tuple[float, float] = (0.35, 1.0)  # area
-    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
-    hflip: float = 0.5  # probability
-    vflip: float = 0.0
-    affine_degrees: float = 0.0  # uniform in +- degrees
-    affine_translate: float = 0.0  # fraction of the side
-    affine_scale: tuple[float, float] = (1.0, 1.0)
-    affine_shear: float = 0.0  # degrees
+    crop_scale: tuple[float, float] = (0.35, 1.0)  # area of a random crop, as fractions of the picture
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height of a random crop
+    hflip: float = 0.5  # probability of a horizontal flip
+    vflip: float = 0.0  # probability of a vertical flip
+    affine_degrees: float = 0.0  # rotation, uniform in +- degrees
+    affine_translate: float = 0.0  # shift, up to this fraction of the side
+    affine_scale: tuple[float, float] = (1.0, 1.0)  # zoom, uniform between two factors
+    affine_shear: float = 0.0  # uniform in +- degrees
     randaugment_ops: int = 0  # operations per picture, 0 = off
-    randaugment_magnitude: float = 9.0  # 0..31
-    randaugment_probability: float = 1.0
+    randaugment_magnitude: float = 9.0  # strength, 0..31
+    randaugment_probability: float = 1.0  # of each operation
     three_augment: bool = False  # DeiT III: one of grayscale, solarise, blur
     color_jitter: float = 0.0  # strength of brightness, contrast and saturation
     erasing: float = 0.0  # probability of random erasing
     mixup: float = 0.0  # alpha of the Beta distribution, 0 = off
-    cutmix: float = 0.0
-    mix_probability: float = 1.0
-    mix_switch: float = 0.5  # probability of cutmix where both are on
-    repeats: int = 1  # repeated augmentation: copies of a sample in a batch
+    cutmix: float = 0.0  # alpha of the Beta distribution, 0 = off
+    mix_probability: float = 1.0  # of mixing a sample at all
+    mix_switch: float = 0.5  # probability of cutmix where mixup is on too
+    repeats: int = 1  # copies of a sample in a batch, each augmented differently
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What is minimised, and what is done about unequal classes."""
 
-    loss: Literal["ce", "bce"] = "ce"
-    label_smoothing: float = 0.0
-    balance: Literal["none", "weights", "sampler", "logit-adjustment"] = "none"
+    loss: Literal["ce", "bce"] = "ce"  # softmax cross-entropy, or one sigmoid per class
+    label_smoothing: float = 0.0  # share of the target spread over all classes
+    balance: Literal["none", "weights", "sampler", "logit-adjustment"] = "none"  # correction of unequal class counts
     balance_power: float = 0.5  # 0 = no correction, 0.5 = square root, 1 = full inverse frequency
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser. `lr` is for a total batch of `lr_batch`; it is scaled linearly to the run's and shown. lr_batch 0: as is."""
+    """The optimiser and its regularisation."""
 
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    lr: float = 1e-3
-    lr_batch: int = 0
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.999
-    momentum: float = 0.9
-    nesterov: bool = False
-    clip_norm: float = 1.0  # global norm, 0 = off
+    lr: float = 1e-3  # peak learning rate
+    lr_batch: int = 0  # batch size that lr is meant for; it is scaled linearly to the run's, 0 = as it is
+    weight_decay: float = 0.05  # not applied to biases, norms, tokens and positions
+    beta1: float = 0.9  # of adam and adamw
+    beta2: float = 0.999  # of adam and adamw
+    momentum: float = 0.9  # of sgd
+    nesterov: bool = False  # of sgd
+    clip_norm: float = 1.0  # global gradient norm, 0 = off
     layer_decay: float = 1.0  # lr factor per layer away from the head
     ema: float = 0.0  # decay of the averaged weights, 0 = off
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How long, and how the learning rate moves. `steps` and `time_budget` (minutes) override or bound `epochs`."""
+    """How long, and how the learning rate moves; `steps` overrides and `time_budget` bounds `epochs`."""
 
-    epochs: float = 20.0
-    steps: int = 0
-    time_budget: float = 0.0  # minutes of training, 0 = none; turned into a step count soon after the start and stored
-    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
-    warmup_epochs: float = 1.0
-    warmup_steps: int = 0  # overrides warmup_epochs
-    min_lr: float = 0.0  # fraction of the peak
-    milestones: tuple[float, ...] = (0.3, 0.6, 0.9)  # of the run, for "step"
-    step_factor: float = 0.1
-    patience: int = 0  # evaluations without improvement before stopping, 0 = off
+    epochs: float = 20.0  # passes over the training samples
+    steps: int = 0  # optimiser steps instead of epochs, 0 = by epochs
+    time_budget: float = 0.0  # minutes of training, 0 = none; turned into a step count soon after the start
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"  # how the learning rate falls after the warm-up
+    warmup_epochs: float = 1.0  # linear rise of the learning rate from 0
+    warmup_steps: int = 0  # instead of warmup_epochs, 0 = by epochs
+    min_lr: float = 0.0  # last learning rate as a fraction of the peak
+    milestones: tuple[float, ...] = (0.3, 0.6, 0.9)  # of schedule step, as fractions of the run
+    step_factor: float = 0.1  # of schedule step: the learning rate is multiplied by this at each milestone
+    patience: int = 0  # evaluations without improvement before stopping early, 0 = off
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One training run, complete: `RunConfig` and the data decide the result."""
 
-    data: str = ""
-    model: str = "vit_tiny_patch16_224"
-    init_from: str = ""  # a run folder or checkpoint to start from; "" = random weights
+    data: str = ""  # a folder, table, tar shards, Arrow data set, or an embedded set: digits, emoji
+    model: str = "vit_tiny_patch16_224"  # a name that `vitrail models` lists
+    init_from: str = ""  # run folder or checkpoint to start from; by default random weights
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model's own config, dotted names ("position.kind")
-    out: str = ""  # run directory; "" means runs/<data>-<model>
-    preset: Literal["none", "auto"] = "none"
-    seed: int = 0
+    out: str = ""  # run directory; by default runs/<data>-<model>
+    preset: Literal["none", "auto"] = "none"  # auto: model, resolution and recipe chosen from the data's size, and explained
+    seed: int = 0  # of the order, the augmentation and the initial weights
     batch_size: int = 128  # pictures per optimiser step, over all ranks and accumulation steps
     accumulate: int = 1  # micro-steps per optimiser step
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    compile: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products under autocast
+    compile: bool = False  # torch.compile
     checkpointing: bool = False  # recompute activations in the backward pass
-    eval_every: float = 1.0  # epochs
-    save_every_steps: int = 0  # 0 = by time only
-    save_every_minutes: float = 5.0
-    keep_last: int = 2
+    eval_every: float = 1.0  # epochs between evaluations on the validation split
+    save_every_steps: int = 0  # steps between checkpoints, 0 = by time only
+    save_every_minutes: float = 5.0  # minutes between checkpoints
+    keep_last: int = 2  # checkpoints kept besides the best
     max_nonfinite: int = 5  # refused steps in a row before training stops
-    report: bool = True
-    tensorboard: bool = True
+    report: bool = True  # write report.html at the end
+    tensorboard: bool = True  # write TensorBoard events
     data_config: DataConfig = field(default_factory=DataConfig)
     input: InputConfig = field(default_factory=InputConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -245,9 +245,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if origin in (Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            if type(None) in args:
-                return None
+        if type(None) in args and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+            return None
         return _first_that_fits([a for a in args if a is not type(None)], value, where)
     if origin is Literal:
         if value in args:
@@ -255,7 +254,8 @@ def convert(kind: Any, value: Any, where: str) -> Any:
         for option in args:  # "8" for Literal[8] from a command line
             if isinstance(value, str) and str(option) == value:
                 return option
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(map(str, args))} (nearest: {nearest(str(value), map(str, args))[0]})")
+        options = [str(option) for option in args]
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(options)} (nearest: {nearest(str(value), options)[0]})")
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, f"{where}.")  # type: ignore[arg-type]
     if origin is tuple:
