@@ -42,7 +42,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "models": Verb("models", "list models with size and cost, or the settings of one"),
         "bench": Verb("bench", "measure speed and memory of one model on this machine"),
         "doctor": Verb("doctor", "show versions, devices and decoders, and what is missing"),
-        "completion": Verb("completion", "print a completion script for bash, zsh or tcsh"),
+        "completion": Verb("completion", "print a completion script for bash, zsh or fish"),
     },
 }
 
@@ -66,37 +66,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"vitrail {version('vitrail')}")
         return 0
-    name = find_verb(words)
+    name = next((name for length in (2, 1) if (name := " ".join(words[:length])) in VERBS), None)
     if name is None:
-        return 2
+        return no_such_verb(words)
     return guarded(name, words[len(name.split()) :])
 
 
-def find_verb(words: Sequence[str]) -> str | None:
-    """The verb that `words` starts with; None after printing the nearest valid ones."""
-    for length in (2, 1):
-        name = " ".join(words[:length])
-        if name in VERBS:
-            return name
+def no_such_verb(words: Sequence[str]) -> int:
+    """Explain a family of verbs ("vitrail data"), or name the valid ones nearest to what was given."""
     family = {name: verb for name, verb in VERBS.items() if name.startswith(f"{words[0]} ")}
     if family and (len(words) == 1 or words[1] in ("-h", "--help")):
         print(f"usage: vitrail {words[0]} {{{','.join(name.split()[1] for name in family)}}} [OPTIONS]\n")
         print("\n".join(verb_lines(family)))
-        return None
+        return 0 if len(words) > 1 else 2
     from vitrail.config import unknown
 
     given = " ".join(words[:2]) if family else words[0]
     complain(f"{unknown('verb', given, VERBS)}\n{USAGE}")
-    return None
+    return 2
 
 
 def guarded(name: str, words: Sequence[str]) -> int:
-    """Run the verb so that what a user can mend is one clear message, and what is our fault says how to see it."""
-    try:
-        module = importlib.import_module(f"vitrail.cli.{VERBS[name].module}")
-        from vitrail.cli.parse import parse
+    """Run a verb so that what a user can mend is one clear message, and what is our fault says how to see it."""
+    from vitrail.config import ConfigError
 
-        code = module.run(parse(module.Arguments, words, prog=f"vitrail {name}", examples=module.EXAMPLES))
+    try:
+        code = importlib.import_module(f"vitrail.cli.{VERBS[name].module}").run(words)
         sys.stdout.flush()
         return int(code or 0)
     except KeyboardInterrupt:
@@ -109,8 +104,6 @@ def guarded(name: str, words: Sequence[str]) -> int:
         if os.environ.get("VITRAIL_DEBUG"):
             raise
         complain(f"{explain(problem)}{'' if is_ours(problem) else '  (VITRAIL_DEBUG=1 shows where)'}")
-        from vitrail.config import ConfigError
-
         return 2 if isinstance(problem, ConfigError) else 1
 
 

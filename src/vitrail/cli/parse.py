@@ -21,6 +21,7 @@ METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 UNSET = "unset"  # how an empty text or None reads among the defaults of a help page
 
 registry = ConstructorRegistry()
+OPTIONS: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,), "registry": registry}
 
 
 def parse(arguments: type[T], words: Sequence[str], *, prog: str, examples: str, default: T | None = None) -> T:
@@ -30,7 +31,7 @@ def parse(arguments: type[T], words: Sequence[str], *, prog: str, examples: str,
     """
     kept = {} if default is None else {"default": default}
     try:
-        return tyro.cli(arguments, args=list(words), prog=prog, config=(tyro.conf.OmitArgPrefixes,), registry=registry, **kept)
+        return tyro.cli(arguments, args=list(words), prog=prog, **kept, **OPTIONS)
     except SystemExit as leaving:
         if not leaving.code:
             print("\nExamples")
@@ -65,7 +66,7 @@ def _one_word(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 @registry.primitive_rule
 def _pairs(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """`name=value` words for a mapping; numbers, true, false and lists are read as JSON, the rest is text."""
-    if info.type_origin is None or not issubclass(info.type_origin, Mapping):
+    if not (isinstance(info.type_origin, type) and issubclass(info.type_origin, Mapping)):
         return None
     return PrimitiveConstructorSpec(
         nargs="*",

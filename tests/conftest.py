@@ -1,0 +1,74 @@
+"""Shared by all tests: shapes and types checked at every call, one thread, small generated picture folders.
+
+VITRAIL_TYPECHECK=0 switches the checking off; code that torch.compile or torch.export traces runs through `run_python`,
+in a process without it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+if os.environ.get("VITRAIL_TYPECHECK", "1") != "0":
+    from jaxtyping import install_import_hook
+
+    ROOMS = ("layers", "models", "checkpoints", "data", "training", "evaluation", "inference", "inspection", "cost")
+    install_import_hook([f"vitrail.{room}" for room in ROOMS], "beartype.beartype")
+
+import numpy as np
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+PEERS = ("timm", "transformers")
+COLOURS = {"blue": (40, 60, 200), "green": (60, 170, 70), "red": (210, 50, 40)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip by name what this machine cannot run; peers are never skipped, they must be there when asked for."""
+    compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
+    for item in items:
+        if "compiler" in item.keywords and compiler is None:
+            item.add_marker(pytest.mark.skip(reason="needs a C++ compiler"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tests against peers fail at once when a peer is missing."""
+    missing = [name for name in PEERS if find_spec(name) is None]
+    if missing and any("peers" in item.keywords for item in session.items):
+        raise pytest.UsageError(f"the tests marked peers need {' and '.join(missing)}: pip install -e '.[peers]'")
+
+
+@pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of class folders: 3 colours, 12 PNG pictures of 20x24 pixels each, easily told apart."""
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir()
+        for i in range(12):
+            pixels = np.clip(np.array(colour) + rng.normal(0, 25, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{name}-{i:02}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., str]:
+    """run_python(code, *arguments): stdout of a fresh interpreter, without type checking; fails with its stderr."""
+
+    def run(code: str, *arguments: str, timeout: float = 240) -> str:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
