@@ -1,0 +1,268 @@
+"""What a model costs and what this machine can do: FLOPs, memory forecasts, devices, measured matrix-product peaks.
+
+FLOPs and memory are found by running the model on tensors without storage, so no weight is read and nothing large is
+allocated. Imports torch and models only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitrail.models import Model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAST_BF16 = 1.5  # bf16 counts as fast where its matrix products run at this multiple of float32's
+STATES = {"adamw": 2, "adam": 2, "sgd": 1}  # tensors of the size of the weights that an optimiser keeps
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a setting: auto (an accelerator if there is one), cpu, cuda, cuda:N or mps.
+
+    Raises ValueError for a device that this machine does not have or a name that does not exist.
+    """
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found = [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), *found]
+    if torch.backends.mps.is_available():
+        found.insert(0, "mps")
+    if name == "auto":
+        return torch.device(found[0])
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in found:
+        raise ValueError(f"device {name!r} is not here; this machine has: {', '.join(found)} (or say auto)")
+    return torch.device(wanted)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16 for a setting; "auto" is bf16 where the device computes it natively and fast, else fp32.
+
+    On a CPU "fast" is measured (see `matmul_peak`): many emulate bf16.
+    """
+    if name != "auto":
+        if name not in DTYPES:
+            raise ValueError(f"precision {name!r} does not exist; valid: auto, {', '.join(DTYPES)}")
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and matmul_peak(device, "bf16") > FAST_BF16 * matmul_peak(device, "fp32"):
+        return "bf16"
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """A context that computes in `precision`; weights stay float32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
+def count_parameters(model: nn.Module, trainable: bool = False) -> int:
+    """Number of parameters, or of those that receive a gradient."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+def input_shape(model: Model) -> tuple[int, ...]:
+    """Shape of one input, without the batch: (channels, height, width)."""
+    return (model.config.in_channels, *model.config.image_size)
+
+
+def count_flops(model: Model, shape: tuple[int, ...] | None = None) -> int:
+    """FLOPs of one forward pass of one input of `shape` (channels, height, width; default: the model's own).
+
+    A multiply-add counts as 2; matrix products, convolutions and attention count, element-wise work does not (the convention
+    of torch.utils.flop_counter). Half of it is what papers print as "GFLOPs" (GMACs).
+    """
+    with _pretended(model, training=False) as forward, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        counter = FlopCounterMode(display=False)
+        with counter:
+            forward(torch.empty(1, *(shape or input_shape(model))))
+    return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A forecast in bytes. Activations are the highest sum of tensors alive at a time beside the other four."""
+
+    parameters: int  # and buffers
+    gradients: int
+    optimiser: int
+    averaged: int  # the moving average of the weights
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.parameters + self.gradients + self.optimiser + self.averaged + self.activations
+
+
+def forecast_memory(
+    model: Model,
+    batch_size: int,
+    *,
+    shape: tuple[int, ...] | None = None,
+    training: bool = True,
+    precision: str = "fp32",
+    optimizer: str = "adamw",
+    ema: bool = False,
+) -> Memory:
+    """Memory of one training micro-step (or of inference) with `batch_size` inputs of `shape`, whatever device it will run on.
+
+    The step is run on tensors without storage, in the model's own kernels on the CPU, with activation checkpointing if the
+    model has it switched on. The allocator's fragmentation, kernels' workspaces and the loader come on top.
+    """
+    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) if training else 0
+    with _pretended(model, training) as forward, torch.set_grad_enabled(training):
+        images = torch.empty(batch_size, *(shape or input_shape(model)))
+        with _LiveBytes() as live:
+            with autocast(torch.device("cpu"), precision):
+                logits = forward(images)
+            if training:
+                torch.nn.functional.cross_entropy(logits.float(), torch.zeros(batch_size, dtype=torch.long)).backward()
+        activations = images.numel() * images.element_size() + max(live.peak - trained, 0)
+    return Memory(
+        parameters=weights,
+        gradients=trained,
+        optimiser=trained * STATES[optimizer],
+        averaged=weights if ema else 0,
+        activations=activations,
+    )
+
+
+@contextmanager
+def _pretended(model: Model, training: bool) -> Iterator[Any]:
+    """A function input -> output that runs the model on tensors that have shapes but no storage; the model is not touched."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            state = {n: torch.empty(b.shape, dtype=b.dtype) for n, b in model.named_buffers()}
+            for name, p in model.named_parameters():
+                state[name] = torch.empty(p.shape, dtype=p.dtype, requires_grad=training and p.requires_grad)
+            yield lambda x: functional_call(model, state, (x,))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages that operations create; `peak` is the largest sum of bytes alive at one moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf.untyped_storage())
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage) -> None:
+        if storage in self.known:
+            return
+        self.known.add(storage)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, storage.nbytes())
+
+    def _forget(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+def matmul_peak(device: torch.device | str = "cpu", precision: str = "fp32", *, refresh: bool = False) -> float:
+    """The best rate of square matrix products measured on this machine, in FLOP/s, with torch's current thread count.
+
+    Takes a fraction of a second the first time; kept in the process and in the user's cache directory per processor, torch
+    version, thread count and precision. `refresh` measures again.
+    """
+    device = torch.device(device)
+    key = "|".join((_device_name(device), torch.__version__, f"{torch.get_num_threads()} threads", precision))
+    if refresh or key not in _peaks():
+        _peaks()[key] = _measure_peak(device, DTYPES[precision])
+        _keep_peaks()
+    return _peaks()[key]
+
+
+def _measure_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Grow the product until one takes 20 ms on a CPU (or fills an accelerator), then take the best of repeated runs."""
+    best, size, largest = 0.0, 256, 2048 if device.type == "cpu" else 8192
+    while True:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = a @ b
+        fastest = min(_seconds_of_product(a, b, out) for _ in range(8 if size >= 1024 else 3))
+        best = max(best, 2 * size**3 / fastest)
+        if size >= largest or fastest > 0.02:
+            return best
+        size *= 2
+
+
+def _seconds_of_product(a: Tensor, b: Tensor, out: Tensor) -> float:
+    synchronise(a.device)
+    start = time.perf_counter()
+    torch.mm(a, b, out=out)
+    synchronise(a.device)
+    return time.perf_counter() - start
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given; returns at once on a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    processor = models[0].partition(":")[2].strip() if models else platform.processor()
+    return f"{platform.node()} {processor} x{os.cpu_count()} {device.type}"
+
+
+def _cache_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitrail" / "peaks.json"
+
+
+@cache
+def _peaks() -> dict[str, float]:
+    """Known peaks by key, read once from the cache file; an unreadable file only costs measuring again."""
+    try:
+        content = json.loads(_cache_file().read_text(encoding="utf-8"))
+        return {str(key): float(value) for key, value in content.items() if float(value) > 0}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _keep_peaks() -> None:
+    """Write the cache file as a whole; a home that cannot be written only costs measuring again."""
+    path = _cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump(_peaks(), file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        return
