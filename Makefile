@@ -26,7 +26,7 @@ check: .venv/.dev  ## lint, formatting, types, import directions and documentati
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: .venv/.dev  ## sort imports and format the code
 	$(BIN)/ruff check --fix .
@@ -37,7 +37,7 @@ bench: .venv/.peers  ## measure models and the data path side by side with peers
 	$(BIN)/python -m benchmarks.data
 
 docs: .venv/.dev  ## serve the documentation, rebuilt as you write
-	$(BIN)/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 clean:  ## remove caches and built files; .venv and runs stay
 	rm -rf site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

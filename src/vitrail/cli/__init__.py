@@ -94,6 +94,8 @@ def guarded(name: str, words: Sequence[str]) -> int:
         code = importlib.import_module(f"vitrail.cli.{VERBS[name].module}").run(words)
         sys.stdout.flush()
         return int(code or 0)
+    except SystemExit as leaving:  # tyro's way out of --help (0) and of unreadable flags (2)
+        return int(leaving.code or 0)
     except KeyboardInterrupt:
         complain("interrupted")
         return 130

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 
-from vitrail.cli.parse import OPTIONS, parse
+from vitrail.cli.parse import parse
 from vitrail.config import (
     AugmentConfig,
-    ConfigError,
     DataConfig,
     OptimConfig,
     RunConfig,
-    load,
 )
 
 EXAMPLES = """\
@@ -51,3 +48,9 @@ class Start:
 
     recipe: str = ""
     config: str = ""
+
+
+def run(words: Sequence[str]) -> None:
+    """Train."""
+    arguments = parse(Arguments, words, prog="vitrail train", examples=EXAMPLES)
+    print(arguments)

@@ -1,0 +1,112 @@
+"""The command as users meet it: quick help, nearest valid names, plain errors and exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vitrail.cli import GROUPS, VERBS, main
+
+
+def vitrail(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "vitrail", *words], capture_output=True, text=True, timeout=120)
+
+
+def test_help_is_quick_and_starts_nothing_heavy(run_python: Callable[..., str]) -> None:
+    begin = time.perf_counter()
+    page = vitrail("--help")
+    seconds = time.perf_counter() - begin
+    assert page.returncode == 0
+    assert seconds < 0.5
+    loaded = run_python("import sys, vitrail.cli; vitrail.cli.main(['--help']); print('modules:', *sys.modules)")
+    assert not {"torch", "tyro", "numpy", "yaml"} & set(loaded.split("modules:")[1].split())
+
+
+def test_help_names_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    page = capsys.readouterr().out
+    for title, verbs in GROUPS.items():
+        assert title in page
+        for name, verb in verbs.items():
+            assert page.count(f"\n  {name:<12} {verb.summary}") == 1
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_explains_itself_without_torch(run_python: Callable[..., str], name: str) -> None:
+    code = "import sys, vitrail.cli; print(vitrail.cli.main(sys.argv[1:]), 'torch' in sys.modules)"
+    page = run_python(code, *name.split(), "--help")
+    assert page.splitlines()[-1] == "0 False"
+    assert f"usage: vitrail {name}" in page
+    examples = page.split("\nExamples\n")[1]
+    assert f"vitrail {name}" in examples
+
+
+def test_every_flag_is_explained(run_python: Callable[..., str]) -> None:
+    """A flag whose help is only its default helps nobody."""
+    page = run_python("import sys, vitrail.cli; vitrail.cli.main(['train', '--help'])")
+    for line, following in zip(page.splitlines(), page.splitlines()[1:], strict=False):
+        if "│ --" in line:
+            explained = line.split("  ")[-2:] + [following]
+            assert not all(part.strip(" │").startswith(("(default", "--")) for part in explained), line
+
+
+@pytest.mark.parametrize(
+    ("words", "nearest"),
+    [
+        (["trian"], "'train'"),
+        (["data", "chekc"], "'data check'"),
+        (["train", "digits", "--lrr", "1"], "--lr X"),
+        (["train", "digits", "--precision", "bf61"], "bf16"),
+        (["train", "digits", "--image-size", "3x4x5"], "expected 2 values"),
+        (["train", "digits", "--lr", "fast"], "expected a number, got 'fast'"),
+        (["train", "digits", "--set", "depth"], "expected name=value, got 'depth'"),
+        (["completion", "bahs"], "bash"),
+    ],
+)
+def test_wrong_words_are_answered_with_the_nearest(words: list[str], nearest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert nearest in said
+    assert "Traceback" not in said
+
+
+def test_unknown_models_and_settings_name_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "vit_smal_patch16_224"]) == 2
+    assert "vit_small_patch16_224" in capsys.readouterr().err
+
+
+def test_errors_are_one_message_unless_debugging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("convert", str(tmp_path / "nothing"), str(tmp_path / "out"))
+    done = vitrail(*words)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "no such file or folder" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    monkeypatch.setenv("VITRAIL_DEBUG", "1")
+    assert "Traceback" in vitrail(*words).stderr
+
+
+def test_a_closed_pipe_and_an_interrupt_are_clean(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    piped = subprocess.run(f"{sys.executable} -m vitrail train --help | head -1", shell=True, capture_output=True, text=True)
+    assert piped.stderr == ""
+    from vitrail.cli import models
+
+    def interrupt(words: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "run", interrupt)
+    assert main(["models"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_verbs_and_flags(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("predict", "weight-decay", "check", "logit-adjustment"):
+        assert word in script
