@@ -120,4 +120,4 @@ def record_attention(model: nn.Module, sites: Sites = None, grad: bool = False) 
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or model._compiled_call_impl is not None
+    return any(name.split(".")[0] == "_orig_mod" for name, _ in model.named_children()) or model._compiled_call_impl is not None

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, each mapped linearly to `width` channels (ViT, section 3.1), as a strided convolution."""
 
-    def __init__(self, channels: int, width: int, patch: tuple[int, int]):
+    def __init__(self, channels: int, width: int, patch: tuple[int, int], bias: bool = True):
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch, bias=bias)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], tuple[int, int, int]]:
         """Tokens in row-major order and their grid (1, rows, columns)."""

@@ -41,6 +41,7 @@ class ViTConfig:
     activation: str = "gelu"  # gelu_tanh in the original JAX code
     qkv_bias: bool = True
     qk_norm: bool = False
+    patch_bias: bool = True
     stem_norm: bool = False  # LayerNorm after the position embedding (CLIP)
     norm_after_pool: bool = False  # the final norm acts on the pooled embedding (timm's mean pooling)
     representation: int | None = None  # width of the tanh layer before the classifier (pre-training head)
@@ -88,7 +89,7 @@ class ViT(Model):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.config = c = config
-        self.embed = PatchEmbed(c.in_channels, c.width, c.patch)
+        self.embed = PatchEmbed(c.in_channels, c.width, c.patch, c.patch_bias)
         self.class_token = nn.Parameter(torch.zeros(1, 1, c.width)) if c.class_token else None
         self.registers = nn.Parameter(torch.zeros(1, c.registers, c.width)) if c.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.width)) if c.mask_token else None
@@ -212,7 +213,8 @@ class ViT(Model):
                     nn.init.normal_(module.bias, std=1e-6) if ".mlp." in name else nn.init.zeros_(module.bias)
         fan_in = self.embed.proj.weight[0].numel()
         nn.init.trunc_normal_(self.embed.proj.weight, std=fan_in**-0.5)  # lecun_normal, flax's default
-        nn.init.zeros_(self.embed.proj.bias)  # type: ignore[arg-type]
+        if self.embed.proj.bias is not None:
+            nn.init.zeros_(self.embed.proj.bias)
         for token in (self.registers, self.mask_token):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)

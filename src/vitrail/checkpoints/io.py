@@ -1,0 +1,183 @@
+"""Containers: reading weights that strangers made without running their code, and writing ours whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .mapping import CheckpointError, State
+
+MAX_BYTES = 64 * 2**30  # of tensors in one file: more than any published vision checkpoint
+# Inert classes that published training checkpoints carry beside the weights (DeiT and Swin: their command line).
+_ALLOWED = [argparse.Namespace, collections.OrderedDict, collections.defaultdict]
+_WEIGHTS = ("model", "state_dict", "model_state", "model_ema")  # where projects keep the weights inside a checkpoint
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes it when the block succeeds and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as a whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors and text metadata as a whole."""
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    with replacing(path) as temporary:
+        save_file(plain, temporary, metadata=dict(metadata or {}))
+
+
+def write_npz(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a flat NumPy archive as a whole (names may hold slashes)."""
+    arrays = {name: tensor.detach().to("cpu", torch.float32).numpy() for name, tensor in state.items()}
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Text metadata of a safetensors file, without its tensors."""
+    with _explained(path), safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def read_state(path: Path) -> tuple[State, dict[str, str]]:
+    """Weights and text metadata of a file: .safetensors, .npz, or a torch file (.pth, .pt, .pyth, .bin, .tar).
+
+    Torch files are read with an allow-list of inert classes: nothing in them is executed. Raises CheckpointError for files
+    that are missing, cut short, of another kind, larger than 64 GiB, or that would run code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path}: the file is empty")
+    if path.suffix == ".safetensors":
+        with _explained(path), safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    if path.suffix == ".npz":
+        return _read_npz(path), {}
+    return _read_torch(path), {}
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as problem:
+        raise CheckpointError(f"{path}: not a complete safetensors file ({problem}); was it cut short?") from None
+
+
+def _read_npz(path: Path) -> State:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_BYTES:
+            raise CheckpointError(f"{path}: unpacks to {size / 2**30:.0f} GiB; at most {MAX_BYTES / 2**30:.0f} GiB are read")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: _tensor(arrays[name]) for name in arrays.files}
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as problem:
+        if isinstance(problem, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: not a complete NumPy archive of plain arrays ({problem})") from None
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # bfloat16, which NumPy does not know
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
+    return torch.from_numpy(np.array(array))
+
+
+def _read_torch(path: Path) -> State:
+    try:
+        with torch.serialization.safe_globals(_ALLOWED):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except pickle.UnpicklingError as problem:
+        reason = str(problem).split("\n")[0]
+        raise CheckpointError(
+            f"{path}: refused, because reading it would run code of the file ({reason}); ask for a safetensors version"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as problem:
+        raise CheckpointError(f"{path}: not a complete torch file ({str(problem).splitlines()[0]})") from None
+    return find_weights(content, str(path))
+
+
+def find_weights(content: Any, name: str) -> State:
+    """The state dict inside a checkpoint's nested dictionaries; a common prefix such as "module." is taken off."""
+    for _ in range(4):
+        if not isinstance(content, Mapping):
+            break
+        tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+        if tensors:
+            for prefix in ("module.", "_orig_mod."):
+                if all(key.startswith(prefix) for key in tensors):
+                    tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+            return tensors
+        inner = next((content[key] for key in _WEIGHTS if key in content), None)
+        if inner is None:
+            break
+        content = inner
+    raise CheckpointError(f"{name}: holds no weights (looked for tensors under {', '.join(_WEIGHTS)})")
+
+
+def read_json(path: Path, limit: int = 64 * 2**20) -> dict[str, Any]:
+    """A JSON object of bounded size, {} where the file is missing."""
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > limit:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too large for a configuration file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise CheckpointError(f"{path}: not readable as JSON ({problem})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a temporary folder that is then renamed to `folder`, which must not exist."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        fill(temporary)
+        os.chmod(temporary, 0o777 & ~_umask())
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

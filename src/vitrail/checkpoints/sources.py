@@ -1,0 +1,155 @@
+"""What a published naming is: how to recognise it, read its configuration, and translate its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vitrail.config import ModelCard, Preprocess
+
+from .mapping import Rule
+
+Files = Mapping[str, Mapping[str, Any]]  # JSON files found beside the weights, by name
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One project's naming of one family.
+
+    recognise(names) says whether a state dict is of this kind. infer(state, files, hints) gives the family's config (its
+    `hints` are the user's overrides, which decide what shapes cannot tell, such as heads) and notes about guesses.
+    rules(config) is the table. card(config, files) gives labels and preprocessing. export(config, card) gives the JSON files
+    that the project's own loader wants beside the weights (None: the project cannot hold this model).
+    """
+
+    name: str
+    family: str
+    recognise: Callable[[Mapping[str, Tensor]], bool]
+    infer: Callable[[Mapping[str, Tensor], Files, Mapping[str, Any]], tuple[Any, list[str]]]
+    rules: Callable[[Any], list[Rule]]
+    card: Callable[[Any, Files], ModelCard]
+    export: Callable[[Any, ModelCard], dict[str, dict[str, Any]]]
+    clean: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda state: state
+    container: str = "model.safetensors"
+
+
+def count_blocks(state: Mapping[str, Tensor], before: str, after: str = ".") -> int:
+    """How many consecutive numbers stand between `before` and `after` in the keys."""
+    numbers = {int(key[len(before) :].split(after)[0]) for key in state if key.startswith(before) and _number(key, before, after)}
+    return max(numbers, default=-1) + 1
+
+
+def _number(key: str, before: str, after: str) -> bool:
+    return key[len(before) :].split(after)[0].isdigit()
+
+
+def timm_card(image_size: tuple[int, int], files: Files, default: Preprocess) -> ModelCard:
+    """Labels and preprocessing from timm's config.json (hub layout), the family's default where it says nothing."""
+    config = files.get("config.json", {})
+    settings = {**config, **config.get("pretrained_cfg", {})}
+    made = Preprocess(
+        image_size=image_size,
+        channels=default.channels,
+        fit="crop" if settings.get("crop_mode", "center") != "squash" else "stretch",
+        crop_fraction=float(settings.get("crop_pct", default.crop_fraction)),
+        interpolation=_interpolation(settings.get("interpolation", default.interpolation)),
+        mean=tuple(settings.get("mean", default.mean)),
+        std=tuple(settings.get("std", default.std)),
+    )
+    return ModelCard(classes=_labels(config), preprocess=made, licence=str(settings.get("license", "") or ""))
+
+
+def timm_files(architecture: str, config: Any, card: ModelCard, model_args: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The config.json of timm's hub layout."""
+    p = card.preprocess or Preprocess(image_size=config.image_size)
+    settings = {
+        "tag": "vitrail",
+        "input_size": [config.in_channels, *p.image_size],
+        "fixed_input_size": True,
+        "interpolation": p.interpolation,
+        "crop_pct": p.crop_fraction,
+        "crop_mode": {"crop": "center", "stretch": "squash", "pad": "border"}[p.fit],
+        "mean": list(_per_channel(p.mean, config.in_channels)),
+        "std": list(_per_channel(p.std, config.in_channels)),
+        "num_classes": config.num_classes,
+        "license": card.licence or None,
+    }
+    content = {
+        "architecture": architecture,
+        "num_classes": config.num_classes,
+        "model_args": model_args,
+        "pretrained_cfg": settings,
+    }
+    if card.classes:
+        content["label_names"] = list(card.classes)
+    return {"config.json": content}
+
+
+def transformers_card(image_size: tuple[int, int], files: Files, default: Preprocess) -> ModelCard:
+    """Labels from config.json and preprocessing from preprocessor_config.json, as transformers writes them."""
+    settings = files.get("preprocessor_config.json", {})
+    size = settings.get("size", {})
+    crops = bool(settings.get("do_center_crop"))
+    resized = size.get("shortest_edge") or size.get("height") if isinstance(size, Mapping) else size
+    fraction = image_size[0] / resized if crops and resized else settings.get("crop_pct") or 1.0
+    made = Preprocess(
+        image_size=image_size,
+        channels=default.channels,
+        fit="crop" if crops or settings.get("crop_pct") else "stretch",
+        crop_fraction=min(1.0, float(fraction)),
+        interpolation={0: "nearest", 2: "bilinear", 3: "bicubic"}.get(settings.get("resample", 2), "bilinear"),  # type: ignore[arg-type]
+        mean=tuple(settings.get("image_mean", default.mean)),
+        std=tuple(settings.get("image_std", default.std)),
+    )
+    return ModelCard(classes=_labels(files.get("config.json", {})), preprocess=made)
+
+
+def transformers_files(config: Any, card: ModelCard, settings: dict[str, Any], processor: str) -> dict[str, dict[str, Any]]:
+    """config.json and preprocessor_config.json as transformers reads them."""
+    p = card.preprocess or Preprocess(image_size=config.image_size)
+    classes = card.classes or tuple(f"LABEL_{i}" for i in range(config.num_classes))
+    side = dict(zip(("height", "width"), p.image_size, strict=True))
+    resized = round(p.image_size[0] / p.crop_fraction)
+    crops = p.fit == "crop" and p.crop_fraction < 1
+    return {
+        "config.json": settings
+        | {"id2label": {str(i): c for i, c in enumerate(classes)}, "label2id": {c: i for i, c in enumerate(classes)}},
+        "preprocessor_config.json": {
+            "image_processor_type": processor,
+            "do_resize": True,
+            "size": {"height": resized, "width": resized} if crops else side,
+            "resample": {"nearest": 0, "bilinear": 2, "bicubic": 3}[p.interpolation],
+            "do_center_crop": crops,
+            **({"crop_size": side} if crops else {}),
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(_per_channel(p.mean, config.in_channels)),
+            "image_std": list(_per_channel(p.std, config.in_channels)),
+        },
+    }
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return values * channels if len(values) == 1 else values
+
+
+def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    names = config.get("label_names")
+    if isinstance(names, list):
+        return tuple(map(str, names))
+    table = config.get("id2label")
+    if isinstance(table, Mapping):
+        ordered = [str(table[key]) for key in sorted(table, key=lambda k: int(k))]
+        if not all(name == f"LABEL_{i}" for i, name in enumerate(ordered)):
+            return tuple(ordered)
+    return ()
+
+
+def _interpolation(word: Any) -> Any:
+    return word if word in ("bilinear", "bicubic", "nearest") else "bicubic"

@@ -1,0 +1,259 @@
+"""load_model and save_model: from any known container and naming to a model, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrail import config as settings
+from vitrail.config import ModelCard, Preprocess
+from vitrail.layers.position import resize_grid, resize_line
+from vitrail.models import FAMILIES, MODELS, Model, build, override
+
+from . import resnet, vit
+from .io import find_weights, read_json, read_metadata, read_state, write_folder, write_npz, write_safetensors, write_text
+from .mapping import CheckpointError, Report, State, read, write
+from .sources import Files, Source
+
+SOURCES: tuple[Source, ...] = (*vit.SOURCES, *resnet.SOURCES)
+FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
+_NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth")
+_VERSION = 1
+
+
+def load_model(source: str | Path | Mapping[str, Any], *, quiet: bool = False, **overrides: Any) -> Model:
+    """A model from a file (.safetensors, .npz, .pth, .pyth, .bin), a folder, a run directory, or a state dict in memory.
+
+    The naming (ours, timm, transformers, torchvision, Google) and the configuration are found from the file. `overrides` are
+    fields of the family's config and decide what shapes cannot tell (heads=..., built_size=(h, w)); a new image_size resizes the
+    position tables, a new num_classes rebuilds the head with zeros. What happened is printed in a short table to stderr
+    whenever it is more than a plain load. Raises CheckpointError for files that cannot be used.
+    """
+    state, metadata, files, name = _open(source)
+    report = Report(source=name)
+    if "vitrail" in metadata:
+        model, ours = _from_ours(metadata["vitrail"], state, overrides, name), dict(state)
+    else:
+        model, ours = _from_foreign(state, files, overrides, report)
+    _fill(model, ours, report, name)
+    report.loaded = len(ours)
+    eventful = report.resized or report.remade or report.missing or report.unexpected or report.notes or report.renamed
+    if eventful and not quiet:
+        print("\n".join(report.lines()), file=sys.stderr)
+    return model.eval()
+
+
+def load_checkpoint_card(source: str | Path) -> tuple[str, ModelCard | None]:
+    """(registry id or "", card) of one of our checkpoints, without reading its tensors."""
+    path = _weights_file(Path(source))
+    text = read_metadata(path).get("vitrail") if path.suffix == ".safetensors" else None
+    if text is None:
+        return "", None
+    content = _parse(text, str(path))
+    return str(content.get("name", "")), settings.from_dict(ModelCard, content.get("card") or {})
+
+
+def save_model(model: Model, path: str | Path, format: str = "vitrail", card: ModelCard | None = None) -> Path:
+    """Write a model as a whole, to a folder (or, for "vitrail", a file ending in .safetensors); returns the weights' path.
+
+    format: vitrail, timm, transformers, torchvision or google, where that project has the family; its own loader then reads
+    the folder strictly and gives the same logits. Labels and preprocessing (`card`, by default the model's) travel along.
+    Raises ValueError for an unknown format and CheckpointError for a model that the project's architecture cannot hold.
+    """
+    path, card = Path(path), card or model.card or ModelCard()
+    if format not in FORMATS:
+        raise settings.unknown("format", format, FORMATS)
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    if format == "vitrail":
+        return _save_ours(model, state, path, card)
+    source = next((s for s in SOURCES if s.name == format and s.family == model.family), None)
+    if source is None:
+        has = [s.name for s in SOURCES if s.family == model.family]
+        raise CheckpointError(f"{format} has no {model.family} here; this family can be written as: vitrail, {', '.join(has)}")
+    files = source.export(model.config, card)
+    written = write(source.rules(model.config), state)
+
+    def fill(folder: Path) -> None:
+        if source.container.endswith(".npz"):
+            write_npz(folder / source.container, written)
+        else:
+            write_safetensors(folder / source.container, written, {"format": "pt"})
+        for name, content in files.items():
+            write_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    if path.exists():
+        raise CheckpointError(f"{path} exists already; name a new folder")
+    write_folder(path, fill)
+    return path / source.container
+
+
+def _save_ours(model: Model, state: State, path: Path, card: ModelCard) -> Path:
+    content = {
+        "version": _VERSION,
+        "family": model.family,
+        "name": model.name,
+        "config": settings.to_dict(model.config),
+        "card": settings.to_dict(dataclasses.replace(card, name=card.name or model.name)),
+    }
+    file = path if path.suffix == ".safetensors" else path / "model.safetensors"
+    write_safetensors(file, state, {"vitrail": json.dumps(content, ensure_ascii=False), "format": "pt"})
+    return file
+
+
+def _open(source: str | Path | Mapping[str, Any]) -> tuple[State, dict[str, str], Files, str]:
+    if isinstance(source, Mapping):
+        return find_weights(source, "state dict"), {}, {}, "state dict"
+    path = _weights_file(Path(source))
+    state, metadata = read_state(path)
+    beside = {name: read_json(path.parent / name) for name in ("config.json", "preprocessor_config.json")}
+    return state, metadata, {name: content for name, content in beside.items() if content}, str(source)
+
+
+def _weights_file(path: Path) -> Path:
+    """The weights in a folder: its own model file, or the final, best or newest one of a run directory."""
+    if path.is_file():
+        return path
+    if not path.exists():
+        known = settings.nearest(str(path), MODELS, 1)[0]
+        hint = f" ({known} is a model's name: create_model gives it random weights)" if str(path) in MODELS else ""
+        raise CheckpointError(f"{path}: no such file or folder{hint}")
+    for folder in (path, path / "model", path / "best"):
+        for name in _NAMES:
+            if (folder / name).is_file():
+                return folder / name
+    steps = sorted((path / "checkpoints").glob("step-*/model.safetensors"))
+    single = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".npz", ".pth", ".pyth", ".pt", ".bin"))
+    if steps or len(single) == 1:
+        return steps[-1] if steps else single[0]
+    found = f"several ({', '.join(f.name for f in single[:4])}): name one" if single else f"none of {', '.join(_NAMES)}"
+    raise CheckpointError(f"{path}: no weights found in this folder, {found}")
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError:
+        raise CheckpointError(f"{name}: its description is not readable") from None
+    if not isinstance(content, dict) or content.get("family") not in FAMILIES:
+        raise CheckpointError(f"{name}: describes no known family; known: {', '.join(FAMILIES)}")
+    if content.get("version", 0) > _VERSION:
+        raise CheckpointError(f"{name}: written by a newer version (format {content['version']}, this one reads {_VERSION})")
+    return content
+
+
+def _from_ours(text: str, state: State, overrides: Mapping[str, Any], name: str) -> Model:
+    content = _parse(text, name)
+    config = settings.from_dict(FAMILIES[content["family"]].CONFIG, content["config"])
+    card = settings.from_dict(ModelCard, content.get("card") or {})
+    return _finish(config, overrides, card, str(content.get("name", "")))
+
+
+def _from_foreign(state: State, files: Files, overrides: Mapping[str, Any], report: Report) -> tuple[Model, State]:
+    source = next((s for s in SOURCES if s.recognise(state)), None)
+    if source is None:
+        sample = ", ".join(list(state)[:3])
+        raise CheckpointError(
+            f"{report.source}: the names of its tensors ({sample}, ...) belong to no known project and family; "
+            f"known: {', '.join(sorted({f'{s.name} {s.family}' for s in SOURCES}))}"
+        )
+    state = source.clean(dict(state))
+    try:
+        config, notes = source.infer(state, files, overrides)
+    except (KeyError, IndexError) as problem:
+        raise CheckpointError(f"{report.source}: looks like {source.name} {source.family}, but {problem} is missing") from None
+    report.source = f"{report.source} ({source.name} {source.family})"
+    report.notes += notes
+    ours = read(source.rules(config), state, report)
+    card = source.card(config, files)
+    card = dataclasses.replace(card, provenance=(*card.provenance, f"weights in {source.name}'s naming"))
+    model = _finish(config, {k: v for k, v in overrides.items() if k != "built_size"}, card, "")
+    return model, ours
+
+
+def _finish(config: Any, overrides: Mapping[str, Any], card: ModelCard, name: str) -> Model:
+    """The model with the user's overrides; a card follows the image size and forgets the classes of a replaced head."""
+    changes = dict(overrides)
+    if isinstance(changes.get("image_size"), int):
+        changes["image_size"] = (changes["image_size"],) * 2
+    classes = changes.pop("num_classes", config.num_classes)
+    new = override(config, changes)
+    model = build(new, name)
+    if classes != config.num_classes:
+        model.reset_head(classes)
+    preprocess = card.preprocess or Preprocess(image_size=new.image_size, channels=new.in_channels)
+    if "image_size" in changes:
+        preprocess = dataclasses.replace(preprocess, image_size=tuple(new.image_size))
+    labels = card.classes if classes == config.num_classes else ()
+    model.card = dataclasses.replace(card, preprocess=preprocess, classes=labels, name=card.name or name)
+    return model
+
+
+def _fill(model: Model, state: State, report: Report, name: str) -> None:
+    """Put tensors into the model: positions resized, a head of another size left at zero; anything else must fit."""
+    wanted = model.state_dict()
+    wrong = []
+    for key in list(state):
+        if key not in wanted:
+            if not key.startswith("head."):
+                report.unexpected.append(key)
+            state.pop(key)
+        elif state[key].shape != wanted[key].shape:
+            if key.startswith("head."):
+                report.remade.append(f"{key} {tuple(state[key].shape)} -> {tuple(wanted[key].shape)}, zero-initialised")
+                state.pop(key)
+            elif (fitted := _refit(model, key, state[key], wanted[key])) is not None:
+                report.resized.append(f"{key} {tuple(state[key].shape)} -> {tuple(wanted[key].shape)}")
+                state[key] = fitted
+            else:
+                wrong.append(f"{key} is {tuple(state[key].shape)}, the model needs {tuple(wanted[key].shape)}")
+    if wrong:
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{name}: shapes do not fit: {'; '.join(wrong[:3])}{more}")
+    absent = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    report.missing += [key for key in absent if not key.startswith("head.")]
+    if len(report.missing) > len(wanted) // 2:
+        raise CheckpointError(f"{name}: {len(report.missing)} of {len(wanted)} tensors are missing ({report.missing[0]}, ...)")
+    if absent and report.missing:
+        raise CheckpointError(f"{name}: tensors are missing: {', '.join(report.missing[:6])}")
+    model.load_state_dict(state, strict=False)
+
+
+def _refit(model: Model, key: str, found: Tensor, wanted: Tensor) -> Tensor | None:
+    """A tensor of another input size or channel count as this model needs it, or None when there is no such reading."""
+    part = key.split(".")
+    if part[0] == "positions":
+        module: Any = model.get_submodule(".".join(part[:2]))
+        if part[2] in ("rows", "columns"):
+            return resize_line(found, wanted.shape[0])
+        prefix = module.prefix
+        old = _old_grid(found.shape[1] - prefix, model.config)
+        return None if old is None else torch.cat(
+            [found[:, :prefix], resize_grid(found[0, prefix:], old, module.grid, module.rule)[None]], 1
+        )  # fmt: skip
+    if key in ("embed.proj.weight", "stem.conv.weight") and found.shape[2:] == wanted.shape[2:] and found.ndim == 4:
+        return _adapt_channels(found, wanted.shape[1])
+    return None
+
+
+def _old_grid(count: int, config: Any) -> tuple[int, int] | None:
+    """The grid that the weights were built for: square, or of the new grid's aspect ratio."""
+    side = round(count**0.5)
+    if side * side == count:
+        return side, side
+    rows = (count * config.grid[0] / config.grid[1]) ** 0.5
+    candidates = [r for r in range(1, count + 1) if count % r == 0]
+    best = min(candidates, key=lambda r: abs(r - rows))
+    return best, count // best
+
+
+def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """A stem for another number of channels that answers alike to a picture repeated over channels: its mean, spread."""
+    mean = weight.mean(1, keepdim=True) * weight.shape[1] / channels
+    return mean.expand(-1, channels, -1, -1).contiguous()

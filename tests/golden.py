@@ -1,0 +1,128 @@
+"""Reader of the golden cases: rebuilds weights and inputs from names, and gives the stored outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import zlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+FOLDER = Path(__file__).parent / "oracles"
+_TOKENS = re.compile(r"token|pos_embed|position_embedding|pos_embedding|time_embed|class_pos|spatial_pos|temporal_pos")
+_AS_BUILT = ("relative_position_index", "attn_mask", "relative_coords_table")
+
+
+@cache
+def manifest() -> dict[str, dict[str, Any]]:
+    """All cases of the independent implementations by id."""
+    return {case["id"]: case for case in json.loads((FOLDER / "manifest.json").read_text())["cases"]}
+
+
+@cache
+def original(case_id: str) -> dict[str, Any]:
+    """A case of the authors' own code."""
+    return json.loads((FOLDER / "original" / f"{case_id}.json").read_text())
+
+
+def normals(name: str, shape: Any) -> np.ndarray:
+    """The stream of standard normals that belongs to a name."""
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    return generator.standard_normal(tuple(shape), dtype=np.float32)
+
+
+def value(name: str, shape: Any, dtype: str) -> np.ndarray | None:
+    """The value of a state-dict entry; None where the model's own is meant."""
+    leaf, f = name.rsplit(".", 1)[-1], np.float32
+    if leaf == "num_batches_tracked":
+        return np.zeros(shape, dtype=np.int64)
+    if leaf in _AS_BUILT or not dtype.startswith(("float", "bfloat")):
+        return None
+    n = normals(name, shape)
+    if leaf == "running_var":
+        return f(0.5) + np.abs(n)
+    if leaf == "logit_scale":
+        return f(math.log(10)) + f(0.1) * n
+    if leaf == "relative_position_bias_table":
+        return f(0.2) * n
+    if leaf in ("rel_pos_h", "rel_pos_w", "rel_pos_t", "running_mean"):
+        return f(0.1) * n
+    if _TOKENS.search(leaf):
+        return f(0.2) * n
+    if leaf.endswith("bias"):
+        return f(0.1) * n
+    if len(shape) <= 1:
+        return f(1) + f(0.1) * n
+    if len(shape) == 2:
+        return f(math.sqrt(2) / math.sqrt(shape[1])) * n
+    return f(1 / math.sqrt(int(np.prod(shape[1:])))) * n
+
+
+def state(case: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The filled state dict of a case, under the peer's published names."""
+    out = {}
+    for name, shape, dtype in case["state_dict"]:
+        filled = value(name, shape, dtype)
+        if filled is None:
+            continue
+        for pattern, factor in case.get("scale") or ():
+            if re.search(pattern, name) and filled.dtype == np.float32:
+                filled = filled * np.float32(factor)
+        out[name] = torch.from_numpy(np.array(filled))
+    return out
+
+
+def inputs(case: dict[str, Any], key: str = "x") -> torch.Tensor:
+    """A case's input: normals, or a mask that is true with the case's ratio."""
+    spec = case["inputs"][key]
+    if spec["dtype"] == "bool":
+        generator = np.random.Generator(np.random.PCG64(zlib.crc32(("mask/" + spec["name"]).encode())))
+        return torch.from_numpy(generator.random(tuple(spec["shape"])) < spec.get("ratio", 0.5))
+    return torch.from_numpy(normals("input/" + spec["name"], spec["shape"]) * np.float32(spec.get("scale", 1)))
+
+
+def outputs(case: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The stored outputs; entries with a flat_stride are every so manieth element of the flattened tensor."""
+    return {k: torch.from_numpy(v) for k, v in load_file(FOLDER / "outputs" / f"{case['id']}.safetensors").items()}
+
+
+def strided(case: dict[str, Any], key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Our tensor in the stored form of output `key`."""
+    step = case["outputs"][key].get("flat_stride")
+    return tensor.reshape(-1)[::step] if step else tensor
+
+
+_RULES = {
+    "kernel": lambda n, fan_in: n * np.float32(1 / np.sqrt(fan_in)),
+    "scale": lambda n, fan_in: np.float32(1) + np.float32(0.1) * n,
+    "small": lambda n, fan_in: np.float32(0.1) * n,
+    "var": lambda n, fan_in: np.float32(0.5) + np.abs(n),
+    "tiny": lambda n, fan_in: np.float32(0.003) * n,
+    "tinyvar": lambda n, fan_in: np.float32(1e-5) * (np.float32(0.5) + np.abs(n)),
+}
+
+
+def original_state(case: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The filled state dict of an authors' case, its bytes checked against the stored hash."""
+    digest, out = hashlib.sha256(), {}
+    for name, shape, rule, fan_in in case["params"]:
+        if rule == "keep":
+            continue
+        filled = np.ascontiguousarray(_RULES[rule](normals(name, shape), fan_in), dtype=np.float32)
+        digest.update(filled.tobytes())
+        out[name] = torch.from_numpy(filled)
+    wanted = case.get("params_sha256")
+    assert wanted is None or digest.hexdigest() == wanted, "the fill rule differs from the stored hash"
+    return out
+
+
+def original_outputs(case_id: str) -> dict[str, torch.Tensor]:
+    """The stored outputs of an authors' case."""
+    return {k: torch.from_numpy(v) for k, v in load_file(FOLDER / "original" / f"{case_id}.safetensors").items()}
