@@ -28,7 +28,17 @@ _PUBLIC = {
     "Predictor": "vitrail.inference.predictor",
 }
 
-__all__ = ["Predictor", "__version__", "create_model", "evaluate", "list_models", "load_model", "record_attention", "save_model", "train"]
+__all__ = [
+    "Predictor",
+    "__version__",
+    "create_model",
+    "evaluate",
+    "list_models",
+    "load_model",
+    "record_attention",
+    "save_model",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

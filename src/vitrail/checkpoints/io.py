@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from .mapping import CheckpointError, State
 
 MAX_BYTES = 64 * 2**30  # of tensors in one file: more than any published vision checkpoint
 # Inert classes that published training checkpoints carry beside the weights (DeiT and Swin: their command line).
-_ALLOWED = [argparse.Namespace, collections.OrderedDict, collections.defaultdict]
+_ALLOWED: list[Any] = [argparse.Namespace, collections.OrderedDict, collections.defaultdict]
 _WEIGHTS = ("model", "state_dict", "model_state", "model_ema")  # where projects keep the weights inside a checkpoint
 
 
@@ -126,7 +127,8 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 def _read_torch(path: Path) -> State:
     try:
-        with torch.serialization.safe_globals(_ALLOWED):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
+            warnings.simplefilter("ignore")  # an odd pickle protocol ends in one of the errors below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as problem:
         reason = str(problem).split("\n")[0]

@@ -55,7 +55,9 @@ def convolution(ours: str, theirs: str) -> list[Rule]:
     return transform(ours, theirs, lambda t: t.permute(3, 2, 0, 1), lambda t: t.permute(2, 3, 1, 0))
 
 
-def fuse(ours: str, *theirs: str, read: Callable[[Tensor], Tensor] | None = None, write: Callable[[Tensor], Tensor] | None = None) -> list[Rule]:
+def fuse(
+    ours: str, *theirs: str, read: Callable[[Tensor], Tensor] | None = None, write: Callable[[Tensor], Tensor] | None = None
+) -> list[Rule]:
     """Several tensors stacked along the first axis in this order (q, k, v), each changed by `read` before."""
     into, back = read or (lambda t: t), write or (lambda t: t)
 
@@ -117,7 +119,7 @@ class Report:
 
 
 def _shorten(keys: Sequence[str], most: int = 4) -> str:
-    return ", ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+    return "; ".join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def read(rules: Iterable[Rule], state: Mapping[str, Tensor], report: Report) -> State:
@@ -165,7 +167,7 @@ def _match(
 
 
 def write(rules: Iterable[Rule], state: Mapping[str, Tensor]) -> State:
-    """Our state dict under the source's names: the inverse of `read`. Raises CheckpointError for a key without a place there."""
+    """Our state dict under the source's names: the inverse of `read`. Raises CheckpointError for a key without a place."""
     table = [(rule, _regex(rule.ours)) for rule in rules if rule.ours]
     out: State = {}
     for key, tensor in state.items():

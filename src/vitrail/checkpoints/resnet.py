@@ -58,7 +58,9 @@ def _known(config: ResNetConfig) -> str:
     for name, row in VARIANTS.items():
         if shape == (row.depths, row.bottleneck, row.width, row.small_input) and "micro" not in name:
             return name
-    raise CheckpointError(f"torchvision and timm have no ResNet of depths {config.depths} and width {config.width}; use format='vitrail'")
+    raise CheckpointError(
+        f"torchvision and timm have no ResNet of depths {config.depths} and width {config.width}; use format='vitrail'"
+    )
 
 
 def _tv_export(config: ResNetConfig, card: ModelCard) -> dict[str, dict[str, Any]]:

@@ -40,7 +40,9 @@ class Source:
 
 def count_blocks(state: Mapping[str, Tensor], before: str, after: str = ".") -> int:
     """How many consecutive numbers stand between `before` and `after` in the keys."""
-    numbers = {int(key[len(before) :].split(after)[0]) for key in state if key.startswith(before) and _number(key, before, after)}
+    numbers = {
+        int(key[len(before) :].split(after)[0]) for key in state if key.startswith(before) and _number(key, before, after)
+    }
     return max(numbers, default=-1) + 1
 
 

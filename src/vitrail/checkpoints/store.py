@@ -17,12 +17,12 @@ from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import resize_grid, resize_line
 from vitrail.models import FAMILIES, MODELS, Model, build, override
 
-from . import resnet, vit
+from . import resnet, vit, vit_google
 from .io import find_weights, read_json, read_metadata, read_state, write_folder, write_npz, write_safetensors, write_text
 from .mapping import CheckpointError, Report, State, read, write
 from .sources import Files, Source
 
-SOURCES: tuple[Source, ...] = (*vit.SOURCES, *resnet.SOURCES)
+SOURCES: tuple[Source, ...] = (*vit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES)
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
 _NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth")
 _VERSION = 1
@@ -32,8 +32,8 @@ def load_model(source: str | Path | Mapping[str, Any], *, quiet: bool = False, *
     """A model from a file (.safetensors, .npz, .pth, .pyth, .bin), a folder, a run directory, or a state dict in memory.
 
     The naming (ours, timm, transformers, torchvision, Google) and the configuration are found from the file. `overrides` are
-    fields of the family's config and decide what shapes cannot tell (heads=..., built_size=(h, w)); a new image_size resizes the
-    position tables, a new num_classes rebuilds the head with zeros. What happened is printed in a short table to stderr
+    fields of the family's config and decide what shapes cannot tell (heads=..., built_size=(h, w)); a new image_size resizes
+    the position tables, a new num_classes rebuilds the head with zeros. What happened is printed in a short table to stderr
     whenever it is more than a plain load. Raises CheckpointError for files that cannot be used.
     """
     state, metadata, files, name = _open(source)

@@ -1,9 +1,8 @@
-"""ViT checkpoints: timm, transformers, torchvision, and Google's .npz (vision_transformer before and after linen, big_vision)."""
+"""ViT checkpoints: timm, transformers, torchvision; Google's own are in `vit_google`."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import PositionConfig, grid_side
 from vitrail.models.vit import VARIANTS, ViTConfig
 
-from .mapping import CheckpointError, Rule, convolution, drop, fuse, rename, transform, transpose
+from .mapping import CheckpointError, Rule, drop, fuse, rename
 from .sources import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -30,16 +29,19 @@ State = Mapping[str, Tensor]
 Hints = Mapping[str, Any]
 
 
-def _build(state: State, hints: Hints, patch_weight: Tensor, rows: int | None, **known: Any) -> tuple[ViTConfig, list[str]]:
+def build_config(
+    state: State, hints: Hints, patch_weight: Tensor, rows: int | None, **known: Any
+) -> tuple[ViTConfig, list[str]]:
     """A config from shapes; what shapes cannot tell comes from hints, then from the published variants, and is noted."""
     notes: list[str] = []
-    width, channels, *patch = patch_weight.shape
+    width, channels, *_ = patch_weight.shape
+    patch = (patch_weight.shape[2], patch_weight.shape[3])
     prefix = int(known["class_token"]) + known.get("registers", 0)
     position = known.get("position", PositionConfig())
-    config: dict[str, Any] = {"width": width, "in_channels": channels, "patch": tuple(patch), **known}
+    config: dict[str, Any] = {"width": width, "in_channels": channels, "patch": patch, **known}
     if rows is not None:
         count = rows - (prefix if position.prefix else 0)
-        config["image_size"] = _image_size(count, tuple(patch), hints)
+        config["image_size"] = _image_size(count, patch, hints)
     if "heads" not in known:
         config["heads"] = int(hints.get("heads") or _guess_heads(width, notes))
     return ViTConfig(**config), notes
@@ -105,13 +107,14 @@ def _timm_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, li
     if rows is None:
         known["position"] = PositionConfig(kind="none")
     pooled = "fc_norm.weight" in state
-    return _build(
+    return build_config(
         state, hints, state["patch_embed.proj.weight"], rows,
         class_token=token, registers=registers, depth=count_blocks(state, "blocks."),
         mlp_dim=state["blocks.0.mlp.fc1.weight"].shape[0], num_classes=_classes(state, "head.weight"),
         pool="cls" if token and not pooled else "mean", norm_after_pool=pooled,
         qkv_bias="blocks.0.attn.qkv.bias" in state, qk_norm="blocks.0.attn.q_norm.weight" in state,
-        stem_norm="norm_pre.weight" in state, patch_bias="patch_embed.proj.bias" in state, layer_scale=1e-5 if "blocks.0.ls1.gamma" in state else None,
+        stem_norm="norm_pre.weight" in state, patch_bias="patch_embed.proj.bias" in state,
+        layer_scale=1e-5 if "blocks.0.ls1.gamma" in state else None,
         representation=state["pre_logits.fc.weight"].shape[0] if "pre_logits.fc.weight" in state else None, **known,
     )  # fmt: skip
 
@@ -155,11 +158,13 @@ def _plain(config: ViTConfig, project: str, **needed: Any) -> None:
     needed = {"representation": None, "patch_bias": not config.stem_norm} | needed
     for name, value in needed.items():
         if getattr(config, name) != value:
-            raise CheckpointError(f"{project} cannot hold {name}={getattr(config, name)!r} (it has {value!r}); nearest: format='vitrail'")
+            raise CheckpointError(
+                f"{project} cannot hold {name}={getattr(config, name)!r} (it has {value!r}); nearest: format='vitrail'"
+            )
     c = config.position
     if c.kind not in ("1d", "none") or (c.kind == "1d" and c.place != "stem") or config.pool == "attention":
         raise CheckpointError(
-            f"{project} cannot hold position.kind={c.kind!r} at {c.place!r} with pool={config.pool!r}; nearest: format='vitrail'"
+            f"{project} cannot hold position.kind={c.kind!r} at {c.place!r}, pool={config.pool!r}; nearest: format='vitrail'"
         )
 
 
@@ -203,12 +208,14 @@ def _hf_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list
     activation = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
                   "quick_gelu": "quick_gelu"}.get(settings.get("hidden_act", "gelu"))  # fmt: skip
     if activation is None:
-        raise CheckpointError(f"config.json: hidden_act {settings['hidden_act']!r} is not known here; allowed: gelu and its variants")
+        raise CheckpointError(
+            f"config.json: hidden_act {settings['hidden_act']!r} is not known here; allowed: gelu and its variants"
+        )
     known: dict[str, Any] = {}
     if settings.get("num_attention_heads"):
         known["heads"] = int(settings["num_attention_heads"])
     layer = "vit.encoder.layer.0."
-    return _build(
+    return build_config(
         state, hints, state["vit.embeddings.patch_embeddings.projection.weight"],
         state["vit.embeddings.position_embeddings"].shape[1],
         class_token=True, depth=count_blocks(state, "vit.encoder.layer."),
@@ -265,7 +272,7 @@ def _tv_clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _tv_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list[str]]:
-    return _build(
+    return build_config(
         state, hints, state["conv_proj.weight"], state["encoder.pos_embedding"].shape[1],
         class_token=True, depth=count_blocks(state, "encoder.layers.encoder_layer_"),
         mlp_dim=state["encoder.layers.encoder_layer_0.mlp.0.weight"].shape[0],
@@ -286,133 +293,22 @@ def _tv_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
     return {}
 
 
-# Google ---------------------------------------------------------------------------------------------------------------
+def _is_timm(state: State) -> bool:
+    patch = state.get("patch_embed.proj.weight")
+    return patch is not None and patch.ndim == 4 and "blocks.0.attn.qkv.weight" in state
 
 
-def _google_rules(config: ViTConfig) -> list[Rule]:
-    ours, theirs = "blocks.{i}.", "Transformer/encoderblock_{i}/"
-    attention, d = theirs + "MultiHeadDotProductAttention_1/", config.width // config.heads
-    heads, width = config.heads, config.width
-    return [
-        *rename("class_token", "cls"),
-        *rename("positions.0.table", "Transformer/posembed_input/pos_embedding" if config.position.prefix else "pos_embedding"),
-        *convolution("embed.proj.weight", "embedding/kernel"),
-        *rename("embed.proj.bias", "embedding/bias"),
-        *rename(ours + "{norm1,norm2}.{weight,bias}", theirs + "{LayerNorm_0,LayerNorm_2}/{scale,bias}"),
-        *fuse(
-            ours + "attn.qkv.weight", *(f"{attention}{name}/kernel" for name in ("query", "key", "value")),
-            read=lambda t: t.reshape(width, width).T, write=lambda t: t.T.reshape(width, heads, d),
-        ),
-        *fuse(
-            ours + "attn.qkv.bias", *(f"{attention}{name}/bias" for name in ("query", "key", "value")),
-            read=lambda t: t.reshape(width), write=lambda t: t.reshape(heads, d),
-        ),
-        *transform(
-            ours + "attn.proj.weight", attention + "out/kernel",
-            lambda t: t.reshape(width, width).T, lambda t: t.T.reshape(heads, d, width),
-        ),
-        *rename(ours + "attn.proj.bias", attention + "out/bias"),
-        *transpose(ours + "mlp.{fc1,fc2}.weight", theirs + "MlpBlock_3/{Dense_0,Dense_1}/kernel"),
-        *rename(ours + "mlp.{fc1,fc2}.bias", theirs + "MlpBlock_3/{Dense_0,Dense_1}/bias"),
-        *rename("norm.{weight,bias}", "Transformer/encoder_norm/{scale,bias}"),
-        *transpose("head.representation.weight", "pre_logits/kernel"),
-        *rename("head.representation.bias", "pre_logits/bias"),
-        *transpose("head.linear.weight", "head/kernel"),
-        *rename("head.linear.bias", "head/bias"),
-        *_google_pool_rules(config),
-    ]  # fmt: skip
+def _is_hf(state: State) -> bool:
+    patch = any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state)
+    return patch and any(key.endswith("encoder.layer.0.layernorm_before.weight") for key in state)
 
 
-def _google_pool_rules(config: ViTConfig) -> list[Rule]:
-    ours, theirs, width, heads = "attention_pool.", "MAPHead_0/", config.width, config.heads
-    attention, d = theirs + "MultiHeadDotProductAttention_0/", config.width // config.heads
-    kernel = {"read": lambda t: t.reshape(width, width).T, "write": lambda t: t.T.reshape(width, heads, d)}
-    bias = {"read": lambda t: t.reshape(width), "write": lambda t: t.reshape(heads, d)}
-    return [
-        *rename(ours + "probe", theirs + "probe"),
-        *transform(ours + "q.weight", attention + "query/kernel", **kernel),
-        *transform(ours + "q.bias", attention + "query/bias", **bias),
-        *fuse(ours + "kv.weight", attention + "key/kernel", attention + "value/kernel", **kernel),
-        *fuse(ours + "kv.bias", attention + "key/bias", attention + "value/bias", **bias),
-        *transform(
-            ours + "proj.weight", attention + "out/kernel",
-            lambda t: t.reshape(width, width).T, lambda t: t.T.reshape(heads, d, width),
-        ),
-        *rename(ours + "proj.bias", attention + "out/bias"),
-        *rename(ours + "norm.{weight,bias}", theirs + "LayerNorm_0/{scale,bias}"),
-        *transpose(ours + "mlp.{fc1,fc2}.weight", theirs + "MlpBlock_0/{Dense_0,Dense_1}/kernel"),
-        *rename(ours + "mlp.{fc1,fc2}.bias", theirs + "MlpBlock_0/{Dense_0,Dense_1}/bias"),
-    ]  # fmt: skip
-
-
-_LINEN = ((r"MultiHeadDotProductAttention_0", "MultiHeadDotProductAttention_1"), (r"LayerNorm_1", "LayerNorm_2"), (r"MlpBlock_0", "MlpBlock_3"))
-_ROOTS = ("params/", "opt/target/", "target/", "img/")
-
-
-def _google_clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published pre-linen names: subtrees opened, layers under a scan unstacked, old places of the position table."""
-    for root in _ROOTS:
-        if any(key.startswith(root + "Transformer/") for key in state):
-            state = {key.removeprefix(root): value for key, value in state.items() if key.startswith(root)}
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if key.startswith("Transformer/encoderblock/"):  # big_vision's scan=True: one leading axis of layers
-            for i, part in enumerate(value):
-                out[key.replace("encoderblock/", f"encoderblock_{i}/")] = part
-        else:
-            out[key] = value
-    for pattern, name in _LINEN:
-        block = re.compile(r"(Transformer/encoderblock_\d+/)" + pattern + r"\b")
-        out = {block.sub(rf"\g<1>{name}", key): value for key, value in out.items()}
-    out = {("pos_embedding" if key == "Transformer/pos_embedding" else key): value for key, value in out.items()}
-    if "probe" in out:  # a MAP head inlined at the top level
-        inlined = ("probe", "MultiHeadDotProductAttention_0/", "LayerNorm_0/", "MlpBlock_0/")
-        out = {f"MAPHead_0/{key}" if key.startswith(inlined) else key: value for key, value in out.items()}
-    return out
-
-
-def _google_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list[str]]:
-    own = "Transformer/posembed_input/pos_embedding"
-    table = state.get(own, state.get("pos_embedding"))
-    attention = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
-    token, pool = "cls" in state, "cls" if "cls" in state else "mean"
-    return _build(
-        state, hints, state["embedding/kernel"].permute(3, 2, 0, 1), None if table is None else table.shape[1],
-        class_token=token, pool="attention" if "MAPHead_0/probe" in state else pool,
-        depth=count_blocks(state, "Transformer/encoderblock_", "/"), heads=state[attention].shape[1],
-        mlp_dim=state["Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel"].shape[1],
-        num_classes=state["head/kernel"].shape[1] if "head/kernel" in state else 0, activation="gelu_tanh",
-        position=PositionConfig(
-            kind="sincos" if table is None else "1d", prefix=own in state, resize="bilinear_corners"
-        ),
-        representation=state["pre_logits/kernel"].shape[1] if "pre_logits/kernel" in state else None,
-    )  # fmt: skip
-
-
-def _google_card(config: ViTConfig, files: Files) -> ModelCard:
-    return ModelCard(preprocess=Preprocess(config.image_size, config.in_channels, "stretch", 1.0, "bilinear"))
-
-
-def _google_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
-    for name, value in (("registers", 0), ("qk_norm", False), ("stem_norm", False), ("layer_scale", None), ("qkv_bias", True), ("patch_bias", True),
-                        ("activation", "gelu_tanh"), ("norm_eps", 1e-6), ("norm_after_pool", False), ("mask_token", False)):  # fmt: skip
-        if getattr(config, name) != value:
-            raise CheckpointError(f"Google's npz cannot hold {name}={getattr(config, name)!r} (it has {value!r}); nearest: format='vitrail'")
-    if config.position.place != "stem" or config.position.kind not in ("1d", "sincos"):
-        raise CheckpointError(f"Google's npz holds position kinds 1d and sincos at the stem, not {config.position}; nearest: format='vitrail'")
-    return {}
+def _is_tv(state: State) -> bool:
+    return "conv_proj.weight" in state and "encoder.pos_embedding" in state
 
 
 SOURCES = (
-    Source("timm", "vit", lambda s: "patch_embed.proj.weight" in s and "blocks.0.attn.qkv.weight" in s and s["patch_embed.proj.weight"].ndim == 4,
-           _timm_infer, _timm_rules, _timm_card, _timm_export),
-    Source("transformers", "vit", lambda s: any(k.endswith("embeddings.patch_embeddings.projection.weight") and k.count(".") <= 4 for k in s)
-           and any("encoder.layer.0.layernorm_before.weight" in k for k in s),
-           _hf_infer, _hf_rules, _hf_card, _hf_export, _hf_clean),
-    Source("torchvision", "vit", lambda s: "conv_proj.weight" in s and "encoder.pos_embedding" in s,
-           _tv_infer, _tv_rules, _tv_card, _tv_export, _tv_clean),
-    Source("google", "vit", lambda s: any(k.endswith("embedding/kernel") and "conv_root" not in k for k in s)
-           and any("Transformer/encoder_norm/scale" in k for k in s) and not any("conv_root" in k for k in s),
-           _google_infer, _google_rules, _google_card, _google_export, _google_clean, "model.npz"),
-)  # fmt: skip
-
+    Source("timm", "vit", _is_timm, _timm_infer, _timm_rules, _timm_card, _timm_export),
+    Source("transformers", "vit", _is_hf, _hf_infer, _hf_rules, _hf_card, _hf_export, _hf_clean),
+    Source("torchvision", "vit", _is_tv, _tv_infer, _tv_rules, _tv_card, _tv_export, _tv_clean),
+)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from .attention import AttentionSite, attend
 
+PositionBias = Callable[[Tensor], Tensor]  # queries (b, k, n, d) to a bias (b, k, n, n) of the logits
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,  # exact (erf): timm, torchvision, DeiT, Swin
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),  # flax.linen.gelu: the original ViT, big_vision, ViViT
@@ -50,7 +52,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Float[Tensor, "b *rest"]) -> Float[Tensor, "b *rest"]:
+    def forward(self, x: Float[Tensor, " b *rest"]) -> Float[Tensor, " b *rest"]:
         """The branch, or zero, per sample."""
         if not self.training or self.rate == 0.0:
             return x
@@ -88,8 +90,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Float[Tensor, "b n c"], position: nn.Module | None = None) -> Float[Tensor, "b n c"]:
-        """`position`, if given, turns the queries (b, k, n, d) into a bias (b, k, n, n)."""
+    def forward(self, x: Float[Tensor, "b n c"], position: PositionBias | None = None) -> Float[Tensor, "b n c"]:
+        """`position`, if given, makes a bias of the queries (relative positions)."""
         b, n, c = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)  # b k n d
         q, k = self.q_norm(q), self.k_norm(k)
@@ -130,7 +132,7 @@ class Block(nn.Module):
         self.scale2 = LayerScale(config.width, config.layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Float[Tensor, "b n c"], position: nn.Module | None = None) -> Float[Tensor, "b n c"]:
+    def forward(self, x: Float[Tensor, "b n c"], position: PositionBias | None = None) -> Float[Tensor, "b n c"]:
         """`position` goes to the attention (see `Attention`)."""
         x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), position)))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))

@@ -86,20 +86,22 @@ def resize_line(table: Float[Tensor, "n c"], new: int) -> Float[Tensor, "m c"]:
 
 
 def sincos_2d(height: int, width: int, channels: int, temperature: float = 10_000.0) -> Float[Tensor, "n c"]:
-    """Fixed 2-D sine-cosine table in MoCo v3's order [sin x, cos x, sin y, cos y] with channels / 4 frequencies (big_vision)."""
+    """Fixed 2-D sine-cosine table in MoCo v3's order [sin x, cos x, sin y, cos y], channels / 4 frequencies (big_vision)."""
     if channels % 4:
-        raise ValueError(f"sine-cosine positions need a width divisible by 4, got {channels}; nearest: {round(channels / 4) * 4}")
+        raise ValueError(
+            f"sine-cosine positions need a width divisible by 4, got {channels}; nearest: {round(channels / 4) * 4}"
+        )
     omega = torch.arange(channels // 4, dtype=torch.float64) / max(channels // 4 - 1, 1)
     omega = temperature**-omega
-    y, x = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij"
-    )
+    y, x = torch.meshgrid(torch.arange(height, dtype=torch.float64), torch.arange(width, dtype=torch.float64), indexing="ij")
     waves = [f(axis.flatten()[:, None] * omega) for axis in (x, y) for f in (torch.sin, torch.cos)]
     return torch.cat(waves, 1).float()
 
 
 class PositionTable(nn.Module):
     """A table of vectors to add to the tokens, for one grid, resized on the way when the grid differs."""
+
+    waves: Tensor
 
     def __init__(self, config: PositionConfig, width: int, grid: tuple[int, int], prefix: int):
         super().__init__()
@@ -158,7 +160,7 @@ class RelativePosition(nn.Module):
         nn.init.trunc_normal_(self.rows, std=0.02)
         nn.init.trunc_normal_(self.columns, std=0.02)
 
-    def bias(self, q: Float[Tensor, "b k n d"], grid: tuple[int, int]) -> Float[Tensor, "b k n n"]:
+    def forward(self, q: Float[Tensor, "b k n d"], grid: tuple[int, int]) -> Float[Tensor, "b k n n"]:
         """The bias of the scaled logits for queries on a grid of (rows, columns)."""
         h, w = grid
         scale = q.shape[-1] ** -0.5

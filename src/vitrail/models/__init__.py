@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -38,8 +40,8 @@ def create_model(
 ) -> Model:
     """A registered model with random weights.
 
-    `overrides` are fields of the family's config (`depth=6`, `drop_path=0.1`, `position=PositionConfig(kind="2d")`, or dotted in
-    a dictionary: `**{"position.kind": "2d"}`). Raises ValueError for an unknown model or field, naming the nearest ones.
+    `overrides` are fields of the family's config (`depth=6`, `drop_path=0.1`, `position=PositionConfig(kind="2d")`, or
+    dotted in a dictionary: `**{"position.kind": "2d"}`). Raises ValueError for an unknown model or field, naming the nearest ones.
     """
     if name not in MODELS:
         raise ValueError(_unknown("model", name, MODELS))
@@ -63,8 +65,8 @@ def override(config: Any, changes: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **plain)
 
 
-def _unknown(what: str, given: str, allowed: Any) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(given, list(allowed), 3, 0.3)
-    return f"unknown {what} {given!r}: did you mean {' or '.join(map(repr, close or list(allowed)[:3]))}?"
+def _unknown(what: str, given: str, allowed: Iterable[str]) -> str:
+    names = list(allowed)
+    begun = [name for name in names if given and name.startswith(given)]
+    close = begun[:3] or difflib.get_close_matches(given, names, 3, 0.3) or names[:3]
+    return f"unknown {what} {given!r}: did you mean {' or '.join(map(repr, close))}?"

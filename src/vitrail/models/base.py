@@ -51,7 +51,7 @@ class Model(nn.Module, ABC):
         """{parameter name: depth}: 0 for the stem up to L + 1 for the head, for layer-wise learning-rate decay."""
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights of a product: tokens and positions (one-dimensional ones go without saying)."""
+        """Parameters that are no weights of a product: tokens and positions (one-dimensional ones go without saying)."""
         return set()
 
     def forward(self, x: Tensor) -> Tensor:

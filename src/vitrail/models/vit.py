@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ class ViTConfig:
             raise ValueError(problem)
         if self.width % self.heads:
             valid = [h for h in range(1, self.width + 1) if self.width % h == 0]
-            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; nearest valid: {_near(valid, self.heads)}")
+            raise ValueError(
+                f"width {self.width} is not divisible by heads {self.heads}; nearest valid: {_near(valid, self.heads)}"
+            )
         for name, value, allowed in (("pool", self.pool, POOLS), ("activation", self.activation, tuple(ACTIVATIONS))):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
@@ -105,7 +108,9 @@ class ViT(Model):
         shared = {f.name: getattr(c, f.name) for f in dataclasses.fields(BlockConfig)}
         self.blocks = nn.ModuleList(Block(BlockConfig(**shared), rate) for rate in drop_path_rates(c.drop_path, c.depth))
         self.norm = nn.LayerNorm(c.width, c.norm_eps)
-        self.attention_pool = AttentionPool(c.width, c.heads, c.mlp_dim, c.norm_eps, c.activation) if c.pool == "attention" else None
+        self.attention_pool = (
+            AttentionPool(c.width, c.heads, c.mlp_dim, c.norm_eps, c.activation) if c.pool == "attention" else None
+        )
         self.head = ClassifierHead(c.width, c.num_classes, c.representation, c.head_bias)
         self._init_weights()
 
@@ -125,7 +130,7 @@ class ViT(Model):
         for i, block in enumerate(self.blocks):
             if relative:
                 position = self.positions[i if len(self.positions) > 1 else 0]
-                tokens = self.run_block(block, tokens, lambda q, p=position: p.bias(q, grid[1:]))
+                tokens = self.run_block(block, tokens, partial(position, grid=grid[1:]))
                 continue
             if place != "stem" and self.positions:
                 tokens = self._add_table(tokens, self.positions[i if place == "layers" else 0], grid)
