@@ -1,0 +1,153 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitrail import cost
+from vitrail.models import create_model
+
+# FLOPs and parameters counted by torch's flop counter on timm's, torchvision's and transformers' models (1000 classes).
+COUNTED = {
+    "vit_tiny_patch16_224": (5_717_416, 2_507_366_400),
+    "vit_small_patch32_224": (22_878_952, 2_285_819_904),
+    "vit_small_patch16_224": (22_050_664, 9_197_764_608),
+    "vit_base_patch16_224": (86_567_656, 35_127_656_448),
+    "vit_base_patch32_224": (88_224_232, 8_818_372_608),
+    "resnet50": (25_557_032, 8_178_368_512),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_parameters_and_flops_agree_with_independent_models(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name)
+    assert (cost.count_parameters(model), cost.count_flops(model)) == COUNTED[name]
+
+
+def test_flops_of_another_input_size() -> None:
+    model = create_model("vit_tiny_patch16_224", image_size=(224, 320), num_classes=10)
+    wide = cost.count_flops(model)
+    assert cost.count_flops(model, (3, 224, 160)) < cost.count_flops(model, (3, 224, 224)) < wide
+    assert cost.input_shape(model) == (3, 224, 320)
+
+
+def test_counting_leaves_the_model_alone() -> None:
+    model = create_model("resnet_micro").eval()
+    model.stages[0].train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cost.count_flops(model)
+    cost.forecast_memory(model, 4)
+    assert not model.training
+    assert model.stages[0].training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_parameters_are_not_trainable() -> None:
+    model = create_model("vit_micro_patch4_16")
+    model.head.requires_grad_(False)
+    head = sum(p.numel() for p in model.head.parameters())
+    assert cost.count_parameters(model) - cost.count_parameters(model, trainable=True) == head
+
+
+def test_memory_parts() -> None:
+    model = create_model("vit_micro_patch4_16")
+    weights = 4 * cost.count_parameters(model)
+    inference = cost.forecast_memory(model, 8, training=False)
+    adam = cost.forecast_memory(model, 8, optimizer="adamw", ema=True)
+    assert (inference.parameters, inference.gradients, inference.optimiser, inference.averaged) == (weights, 0, 0, 0)
+    assert (adam.gradients, adam.optimiser, adam.averaged) == (weights, 2 * weights, weights)
+    assert cost.forecast_memory(model, 8, optimizer="sgd").optimiser == weights
+    assert inference.activations < adam.activations
+    assert adam.total == adam.parameters + 4 * weights + adam.activations
+    assert cost.forecast_memory(model, 16).activations == pytest.approx(2 * adam.activations, rel=0.1)
+
+
+def test_checkpointing_and_bf16_save_activations() -> None:
+    model = create_model("vit_tiny_patch16_224", depth=6)
+    plain = cost.forecast_memory(model, 8).activations
+    assert cost.forecast_memory(model, 8, precision="bf16").activations < 0.7 * plain
+    model.set_checkpointing(True)
+    assert cost.forecast_memory(model, 8).activations < 0.5 * plain
+
+
+MEASURE = """
+import torch
+from vitrail.cost import autocast, forecast_memory
+from vitrail.models import create_model
+torch.set_num_threads(1)
+def status(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+batch = 24
+model = create_model("vit_tiny_patch16_224", depth=4, image_size=192)
+def step(images, precision):
+    with autocast(torch.device("cpu"), precision):
+        logits = model(images)
+    torch.nn.functional.cross_entropy(logits.float(), torch.zeros(len(images), dtype=torch.long)).backward()
+for precision in ("bf16", "fp32"):
+    step(torch.randn(1, 3, 192, 192), precision)
+    model.zero_grad()
+    open("/proc/self/clear_refs", "w").write("5")
+    before = status("VmRSS")
+    step(torch.randn(batch, 3, 192, 192), precision)
+    memory = forecast_memory(model, batch, precision=precision)
+    print((status("VmHWM") - before) / (memory.gradients + memory.activations))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_forecast_is_near_the_measured_peak_of_a_step(run_python: Callable[..., str]) -> None:
+    ratios = [float(line) for line in run_python(MEASURE).split()]
+    assert len(ratios) == 2
+    assert all(0.8 < ratio < 1.35 for ratio in ratios), ratios
+
+
+def test_peak_is_plausible_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cost._peaks.cache_clear()
+    peak = cost.matmul_peak("cpu", "fp32")
+    assert 1e8 < peak < 1e14
+    kept = json.loads((tmp_path / "vitrail" / "peaks.json").read_text())
+    assert list(kept.values()) == [peak]
+    cost._peaks.cache_clear()
+    monkeypatch.setattr(cost, "_measure_peak", lambda device, dtype: 1.0)
+    assert cost.matmul_peak("cpu", "fp32") == peak  # from the file
+    assert cost.matmul_peak("cpu", "fp32", refresh=True) == 1.0
+    cost._peaks.cache_clear()
+
+
+def test_a_broken_or_unwritable_cache_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_measure_peak", lambda device, dtype: 2.0)
+    (tmp_path / "vitrail").mkdir()
+    (tmp_path / "vitrail" / "peaks.json").write_text("[1, 2")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cost._peaks.cache_clear()
+    assert cost.matmul_peak() == 2.0
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    cost._peaks.cache_clear()
+    assert cost.matmul_peak() == 2.0
+    cost._peaks.cache_clear()
+
+
+@pytest.mark.parametrize(("ratio", "wanted"), [(4.0, "bf16"), (1.1, "fp32")])
+def test_auto_precision_follows_the_measurement(monkeypatch: pytest.MonkeyPatch, ratio: float, wanted: str) -> None:
+    monkeypatch.setattr(cost, "matmul_peak", lambda device, precision: ratio if precision == "bf16" else 1.0)
+    assert cost.pick_precision("auto", torch.device("cpu")) == wanted
+    assert cost.pick_precision("fp16", torch.device("cpu")) == "fp16"
+
+
+def test_unknown_devices_and_precisions_name_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match="this machine has: .*cpu"):
+        cost.pick_device("cuda:77")
+    with pytest.raises(ValueError, match="valid: auto, fp32, bf16, fp16"):
+        cost.pick_precision("fp8", torch.device("cpu"))
+
+
+def test_autocast_computes_in_the_precision() -> None:
+    a = torch.randn(4, 4)
+    for precision, dtype in cost.DTYPES.items():
+        with cost.autocast(torch.device("cpu"), precision):
+            assert (a @ a).dtype == dtype
