@@ -341,6 +341,38 @@ def replace_dotted(config: T, changes: Mapping[str, Any]) -> T:
     return dataclasses.replace(config, **plain)  # type: ignore[type-var]
 
 
+def replace_flat(config: T, changes: Mapping[str, Any]) -> T:
+    """A copy with fields of any section set by their own name (`{"lr": 1e-3, "seed": 1}`); values may be text.
+
+    A section may also be given whole (`optim=OptimConfig(...)`). Raises ConfigError on unknown names, naming the nearest.
+    """
+    hints = get_type_hints(type(config))
+    names = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    sections = {name: getattr(config, name) for name in names if dataclasses.is_dataclass(getattr(config, name))}
+    owner = {f.name: name for name, section in sections.items() for f in dataclasses.fields(section)}
+    made: dict[str, Any] = {}
+    for key, value in changes.items():
+        if key in names:
+            made[key] = convert(hints[key], value, key)
+    for key, value in changes.items():
+        if key in owner:
+            name = owner[key]
+            section = made.get(name, sections[name])
+            made[name] = dataclasses.replace(section, **{key: convert(get_type_hints(type(section))[key], value, key)})
+        elif key not in names:
+            raise unknown("setting", key, [n for n in (*names, *owner) if n not in sections])
+    return dataclasses.replace(config, **made)  # type: ignore[type-var]
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """The inverse view of `replace_flat`: every setting of every section by its own name."""
+    fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    plain = {name: value for name, value in fields.items() if not dataclasses.is_dataclass(value)}
+    for section in (value for value in fields.values() if dataclasses.is_dataclass(value)):
+        plain |= {f.name: getattr(section, f.name) for f in dataclasses.fields(section)}
+    return plain
+
+
 def load(cls: type[T], path: str | Path) -> T:
     """Read a configuration from a .yaml, .yml or .json file; YAML is read with the safe loader."""
     text = Path(path).read_text(encoding="utf-8")
