@@ -351,11 +351,12 @@ def replace_flat(config: T, changes: Mapping[str, Any]) -> T:
     sections = {name: getattr(config, name) for name in names if dataclasses.is_dataclass(getattr(config, name))}
     owner = {f.name: name for name, section in sections.items() for f in dataclasses.fields(section)}
     made: dict[str, Any] = {}
+    # `schedule` is a section and a field of it: text means the field.
+    whole = {key for key, value in changes.items() if key in names and not (key in owner and isinstance(value, str))}
+    for key in whole:
+        made[key] = convert(hints[key], changes[key], key)
     for key, value in changes.items():
-        if key in names:
-            made[key] = convert(hints[key], value, key)
-    for key, value in changes.items():
-        if key in owner:
+        if key in owner and key not in whole:
             name = owner[key]
             section = made.get(name, sections[name])
             made[name] = dataclasses.replace(section, **{key: convert(get_type_hints(type(section))[key], value, key)})
