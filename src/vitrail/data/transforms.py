@@ -1,0 +1,208 @@
+"""From pictures to model input: evaluation fits, training crops, and the normalisation that runs on the device.
+
+The exact paths give the pixels of torchvision's v2 transforms (antialiased Resize, CenterCrop, pad, resized_crop). All work
+is done by torch's uint8 resampling on channels-last memory, several times faster than on planes or in float: measured by
+`python -m benchmarks.data`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitrail.config import AugmentConfig, ConfigError, Interpolation, Preprocess
+from vitrail.data.images import MAX_PIXELS, DecodeMode, ImageData, OpenImage, Pixels, as_tensor, open_image, orient
+
+_TRIES = 10  # of drawing a crop that fits, as in torchvision's RandomResizedCrop
+
+
+class Box(NamedTuple):
+    """A part of a picture in whole pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Normalise(nn.Module):
+    """uint8 (b, c, h, w) to float32 on its own device: (x / 255 - mean) / std. It travels into exports.
+
+    Raises ConfigError when mean or std has neither one entry nor one per channel, or a std is not positive.
+    """
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        super().__init__()
+        for name, values in (("mean", preprocess.mean), ("std", preprocess.std)):
+            if len(values) not in (1, preprocess.channels):
+                raise ConfigError(f"{name} has {len(values)} values, but there are {preprocess.channels} channels")
+        if min(preprocess.std) <= 0:
+            raise ConfigError(f"std must be positive, given {preprocess.std}")
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
+        self.register_buffer("shift", (-mean / std).float(), persistent=False)
+
+    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float32[Tensor, "b c h w"]:
+        """float32 in the memory layout of `images`."""
+        return torch.addcmul(self.shift, images.float(), self.scale)
+
+
+def resize_fit(image: UInt8[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "c H W"]:
+    """The evaluation fit of one picture: the pixels of torchvision v2's Resize(antialias) with CenterCrop, pad, or neither."""
+    resized = fitted_size((image.shape[1], image.shape[2]), preprocess)
+    return _frame(_resize(_channels_last(image), resized, preprocess.interpolation)[0], preprocess)
+
+
+def decode_for_eval(
+    data: ImageData, preprocess: Preprocess, mode: DecodeMode = "exact", max_pixels: int = MAX_PIXELS
+) -> UInt8[Tensor, "c H W"]:
+    """Decode and fit one picture for evaluation or prediction.
+
+    mode "scaled" decodes a JPEG at 1/2, 1/4 or 1/8 where that leaves at least the resized size. Raises ImageError.
+    """
+    image = open_image(data, channels=preprocess.channels, max_pixels=max_pixels)
+    if mode == "exact":
+        return resize_fit(as_tensor(orient(image.decode()[0], image.orientation)), preprocess)
+    size = fitted_size(image.size, preprocess)
+    return _frame(_cut_and_resize(image, Box(0, 0, *image.size), size, preprocess.interpolation, mode), preprocess)
+
+
+def decode_for_train(
+    data: ImageData,
+    preprocess: Preprocess,
+    augment: AugmentConfig,
+    generator: torch.Generator,
+    mode: DecodeMode = "scaled",
+    max_pixels: int = MAX_PIXELS,
+) -> UInt8[Tensor, "c H W"]:
+    """Decode one picture, cut a random part (RandomResizedCrop) and resize it; the evaluation fit where crop is "none".
+
+    The part is drawn from the header's size, so that mode "scaled" decodes no more detail than the part needs.
+    Raises ImageError.
+    """
+    if augment.crop == "none":
+        return decode_for_eval(data, preprocess, mode, max_pixels)
+    image = open_image(data, channels=preprocess.channels, max_pixels=max_pixels)
+    return decode_box(image, random_box(image.size, augment, generator), preprocess, mode)
+
+
+def decode_box(image: OpenImage, box: Box, preprocess: Preprocess, mode: DecodeMode = "scaled") -> UInt8[Tensor, "c H W"]:
+    """The part `box` of an opened picture, resized to the input size (torchvision v2's resized_crop when exact)."""
+    return _cut_and_resize(image, box, preprocess.image_size, preprocess.interpolation, mode)
+
+
+def random_box(size: tuple[int, int], augment: AugmentConfig, generator: torch.Generator) -> Box:
+    """A box within (height, width) of random area (crop_scale) and shape (crop_ratio, width / height), log-uniform.
+
+    "Inception crop", Szegedy et al. 2014, section 6; drawn as torchvision's RandomResizedCrop does.
+    """
+    height, width = size
+    low, high = augment.crop_ratio
+    for area, ratio, down, right in torch.rand(_TRIES, 4, generator=generator, dtype=torch.float64).tolist():
+        area = height * width * (augment.crop_scale[0] + area * (augment.crop_scale[1] - augment.crop_scale[0]))
+        ratio = math.exp(math.log(low) + ratio * (math.log(high) - math.log(low)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(int(down * (height - h + 1)), int(right * (width - w + 1)), h, w)
+    h, w = height, width  # the picture is too long for any drawn shape: the largest centre part of an allowed shape
+    if width / height < low:
+        h = round(width / low)
+    elif width / height > high:
+        w = round(height * high)
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def fitted_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
+    """(height, width) that a picture of this size is resized to before cropping or padding."""
+    (height, width), (out_h, out_w) = size, preprocess.image_size
+    if preprocess.fit == "stretch":
+        return out_h, out_w
+    if preprocess.fit == "pad":
+        if out_h * width <= out_w * height:
+            return out_h, min(out_w, max(1, round(out_h * width / height)))
+        return min(out_h, max(1, round(out_w * height / width))), out_w
+    cover_h, cover_w = math.floor(out_h / preprocess.crop_fraction), math.floor(out_w / preprocess.crop_fraction)
+    if cover_h * width >= cover_w * height:  # the height is what binds; the other side is cut off as v2's Resize does
+        return cover_h, int(cover_h * width / height)
+    return int(cover_w * height / width), cover_w
+
+
+def _frame(image: UInt8[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "c H W"]:
+    """Cut the centre or centre on a border; nothing to do where the size is right."""
+    height, width = image.shape[1:]
+    out_h, out_w = preprocess.image_size
+    if (height, width) == (out_h, out_w):
+        return image
+    if height >= out_h and width >= out_w:
+        top, left = round((height - out_h) / 2), round((width - out_w) / 2)
+        return image[:, top : top + out_h, left : left + out_w]
+    framed = _channels_last(image.new_full((image.shape[0], out_h, out_w), preprocess.pad_value))[0]
+    top, left = (out_h - height) // 2, (out_w - width) // 2
+    framed[:, top : top + height, left : left + width] = image
+    return framed
+
+
+def _cut_and_resize(
+    image: OpenImage, box: Box, size: tuple[int, int], interpolation: Interpolation, mode: DecodeMode
+) -> UInt8[Tensor, "c H W"]:
+    if mode == "exact":
+        pixels = orient(image.decode()[0], image.orientation)
+        return _resize(_cut(pixels, box), size, interpolation)[0]
+    # Cut before turning: turned pixels of a scaled picture no longer begin at a whole block.
+    box, size = _as_stored(box, image), (size if image.orientation < 5 else (size[1], size[0]))
+    pixels, reduction = image.decode(max(size[0] / box.height, size[1] / box.width))
+    # A whole number of reduced pixels at the start, a fraction allowed at the end: then no part of the picture is shifted.
+    top, left = box.top // reduction, box.left // reduction
+    true = (box.height / reduction, box.width / reduction)
+    part = Box(top, left, min(math.ceil(true[0]), pixels.shape[0] - top), min(math.ceil(true[1]), pixels.shape[1] - left))
+    resized = _resize(_cut(pixels, part), size, interpolation, true if reduction > 1 else None)[0]
+    if image.orientation == 1:
+        return resized
+    return as_tensor(orient(resized.permute(1, 2, 0).numpy(), image.orientation))
+
+
+def _as_stored(box: Box, image: OpenImage) -> Box:
+    """A box of the shown picture in stored pixels: the inverse of `orient`."""
+    (top, left, height, width), (shown_h, shown_w) = box, image.size
+    if image.orientation in (3, 4, 7, 8):
+        top = shown_h - top - height
+    if image.orientation in (2, 3, 6, 7):
+        left = shown_w - left - width
+    return Box(left, top, width, height) if image.orientation >= 5 else Box(top, left, height, width)
+
+
+def _cut(pixels: Pixels, box: Box) -> UInt8[Tensor, "1 c h w"]:
+    part = np.require(pixels[box.top : box.top + box.height, box.left : box.left + box.width], requirements=["C", "W"])
+    return _channels_last(torch.from_numpy(part).permute(2, 0, 1))
+
+
+def _channels_last(image: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "1 c h w"]:
+    """A batch of one that is plainly channels-last: with another batch stride torch repacks its result, at half the speed."""
+    c, h, w = image.shape
+    image = image.permute(1, 2, 0).contiguous()
+    return image.as_strided((1, c, h, w), (c * h * w, 1, w * c, c))
+
+
+def _resize(
+    images: UInt8[Tensor, "1 c h w"],
+    size: tuple[int, int],
+    interpolation: Interpolation,
+    true: tuple[float, float] | None = None,
+) -> UInt8[Tensor, "1 c H W"]:
+    """Antialiased resize; `true` is the extent (height, width) that the input covers when its last row or column is partial."""
+    if (images.shape[2], images.shape[3]) == size and true is None:
+        return images
+    antialias = interpolation != "nearest"
+    if true is None:
+        return F.interpolate(images, size=size, mode=interpolation, antialias=antialias)
+    scale = ((size[0] + 1e-3) / true[0], (size[1] + 1e-3) / true[1])  # the result's size is cut off, not rounded
+    resized = F.interpolate(images, scale_factor=scale, mode=interpolation, antialias=antialias, recompute_scale_factor=False)
+    return resized[:, :, : size[0], : size[1]]
