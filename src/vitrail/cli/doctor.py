@@ -19,7 +19,7 @@ EXAMPLES = """\
 vitrail doctor
 vitrail doctor --no-measure --json > machine.json"""
 
-PACKAGES = ("vitrail", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "safetensors", "pyarrow", "datasets", "torchmetrics")
+PACKAGES = ("vitrail", "torch", "torchvision", "numpy", "pillow", "simplejpeg", "safetensors", "pyarrow", "torchmetrics")
 
 # What is not installed with the core: the module, what it is for, how to get it.
 OPTIONAL = (
@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> int:
     arguments = parse(Arguments, words, prog="vitrail doctor", examples=EXAMPLES)
     from vitrail.cli import show
 
-    findings = {
+    findings: dict[str, dict[str, Any]] = {
         "versions": versions(),
         "machine": machine(),
         "devices": devices(),
@@ -89,8 +89,9 @@ def machine() -> dict[str, str]:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def devices() -> dict[str, str]:

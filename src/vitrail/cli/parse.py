@@ -21,7 +21,7 @@ METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
 UNSET = "unset"  # how an empty text or None reads among the defaults of a help page
 
 registry = ConstructorRegistry()
-OPTIONS: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes,), "registry": registry}
+OPTIONS: dict[str, Any] = {"config": (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff), "registry": registry}
 
 
 def parse(arguments: type[T], words: Sequence[str], *, prog: str, examples: str, default: T | None = None) -> T:
@@ -29,9 +29,11 @@ def parse(arguments: type[T], words: Sequence[str], *, prog: str, examples: str,
 
     Leaves through SystemExit: 0 after `--help`, 2 after an unknown or unreadable flag (the nearest valid one is named).
     """
-    kept = {} if default is None else {"default": default}
+    options = OPTIONS
+    if default is not None:  # either way of a switch must exist, whatever the default says
+        options = {**OPTIONS, "default": default, "config": (tyro.conf.OmitArgPrefixes,)}
     try:
-        return tyro.cli(arguments, args=list(words), prog=prog, **kept, **OPTIONS)
+        return tyro.cli(arguments, args=list(words), prog=prog, **options)
     except SystemExit as leaving:
         if not leaving.code:
             print("\nExamples")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
 
-from vitrail.cli.parse import parse
+from vitrail.cli.parse import parse, registry
 from vitrail.config import (
     AugmentConfig,
+    ConfigError,
     DataConfig,
     OptimConfig,
     RunConfig,
+    flat,
+    load,
 )
 
 EXAMPLES = """\
@@ -51,6 +55,32 @@ class Start:
 
 
 def run(words: Sequence[str]) -> None:
-    """Train."""
-    arguments = parse(Arguments, words, prog="vitrail train", examples=EXAMPLES)
-    print(arguments)
+    """Train, evaluate, report."""
+    base = starting_point(words)
+    defaults = Arguments(**{f.name: getattr(base, f.name) for f in dataclasses.fields(base)})
+    arguments = parse(Arguments, words, prog="vitrail train", examples=EXAMPLES, default=defaults)
+    from vitrail.runs import train
+
+    train(base, resume=arguments.resume or False, **explicit(words, arguments, base))
+
+
+def starting_point(words: Sequence[str]) -> RunConfig:
+    """The settings that flags change: those of --recipe, of --config, or the defaults."""
+    start, _ = tyro.cli(Start, args=list(words), return_unknown_args=True, add_help=False, registry=registry)
+    if start.recipe and start.config:
+        raise ConfigError("--recipe and --config both name settings to start from; give one of them")
+    if start.config:
+        return load(RunConfig, start.config)
+    return find_recipe(start.recipe)() if start.recipe else RunConfig()
+
+
+def explicit(words: Sequence[str], arguments: Arguments, base: RunConfig) -> dict[str, Any]:
+    """The settings that were given as flags, also those given their default: a preset leaves them alone."""
+    values = flat(arguments)
+    flags = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    given = {name: value for name, value in values.items() if {name, f"no_{name}"} & flags and name in flat(base)}
+    if arguments.data != base.data:
+        given["data"] = arguments.data
+    if arguments.overrides != base.overrides:
+        given["overrides"] = {**base.overrides, **arguments.overrides}
+    return given

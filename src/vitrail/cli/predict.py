@@ -1,0 +1,64 @@
+"""`vitrail predict`: what is in these pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from vitrail.cli.parse import parse
+from vitrail.config import ConfigError, DataConfig
+
+EXAMPLES = """\
+vitrail predict runs/photos-vit_tiny_patch16_224 holiday/                 all pictures in and below a folder
+vitrail predict runs/photos-vit_tiny_patch16_224 a.jpg 'b/**/*.png' --format csv > answers.csv
+find . -name '*.webp' | vitrail predict model.safetensors - --format jsonl --top 3"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Answer pictures with a trained model; class names and preprocessing come from the model.
+
+    Pictures stream through: memory does not grow with their number. A file that cannot be read is answered with the reason.
+    """
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    """A run directory, a checkpoint, or a folder with one."""
+    files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES...", help_behavior_hint="(required)")]
+    """Pictures, folders, patterns, or - for paths on stdin, one a line."""
+    format: Literal["table", "jsonl", "csv"] = "table"  # table for eyes, JSON lines and CSV for programs
+    top: int = 5  # answers per picture in jsonl and csv
+    errors: Literal["keep", "raise"] = "keep"  # raise: stop at the first picture that cannot be read
+    decode: Literal["exact", "scaled"] = "exact"  # scaled is faster on large JPEGs and slightly less exact
+    max_pixels: int = DataConfig.max_pixels  # larger pictures are refused as decompression bombs
+    device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fast one of the device
+    batch_size: int = 32  # pictures at once
+    workers: int = -1  # decoding threads, -1 = one per core
+
+
+def run(words: Sequence[str]) -> int:
+    """Answer; 1 when no picture could be answered."""
+    arguments = parse(Arguments, words, prog="vitrail predict", examples=EXAMPLES)
+    if not arguments.files:
+        raise ConfigError("name at least one picture, folder or pattern, or - to read paths from stdin")
+    from vitrail.inference import Predictor, write_predictions
+
+    predictor = Predictor(
+        arguments.model,
+        device=arguments.device,
+        precision=arguments.precision,
+        batch_size=arguments.batch_size,
+        top=arguments.top,
+        decode=arguments.decode,
+        workers=arguments.workers,
+        errors=arguments.errors,
+        max_pixels=arguments.max_pixels,
+    )
+    answered, failed = write_predictions(predictor.stream(arguments.files), arguments.format, sys.stdout)
+    if failed:
+        print(f"{answered} pictures answered, {failed} could not be read", file=sys.stderr)
+    return int(not answered)
