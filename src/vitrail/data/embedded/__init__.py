@@ -1,0 +1,86 @@
+"""The data sets inside the package: `digits` (handwritten, grey, 20x20) and `emoji` (drawn by five designers, colour, 32x32).
+
+Sources and licences of the pictures lie beside them.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitrail.config import ConfigError, DataConfig, unknown
+from vitrail.data.listing import Listing
+from vitrail.data.stores import TensorStore
+
+NAMES = ("digits", "emoji")
+EMOJI_LABELS = ("category", "glyph")
+DIGITS_PER_CLASS, DIGITS_HELD_OUT = 500, 100
+_FOLDER = Path(__file__).parent
+
+
+def read_embedded(name: str, config: DataConfig) -> Listing:
+    """List an embedded set.
+
+    digits: 5,000 pictures, 500 a class; the last 100 of each class in file order are the test split.
+    emoji: 7,150 pictures; `labels` "category" (8 classes, default) or "glyph" (one class per code point that two or more
+    designers drew); `hold_out` names the designer whose drawings are the test split.
+    Raises ConfigError for settings that the set does not have.
+    """
+    if name not in NAMES:
+        raise unknown("embedded data set", name, NAMES)
+    if name == "emoji":
+        return _emoji(config)
+    for setting, value in (("labels", config.labels), ("hold_out", config.hold_out)):
+        if value:
+            raise ConfigError(f"{setting}: {value!r} was given, but digits has no such choice")
+    images = _cells(_FOLDER / "digits" / "digits.png", 20, 5000)
+    names, labels, splits = [], [], []
+    for digit in range(10):
+        for number in range(DIGITS_PER_CLASS):
+            names.append(f"{digit}/{number:03d}")
+            labels.append((str(digit),))
+            splits.append("train" if number < DIGITS_PER_CLASS - DIGITS_HELD_OUT else "test")
+    return Listing(TensorStore(images), names, labels, splits)
+
+
+def _emoji(config: DataConfig) -> Listing:
+    kind = config.labels or "category"
+    if kind not in EMOJI_LABELS:
+        raise unknown("kind of emoji labels", kind, EMOJI_LABELS)
+    with open(_FOLDER / "emoji" / "emoji32.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    designers = sorted({row["vendor"] for row in rows})
+    if config.hold_out and config.hold_out not in designers:
+        raise unknown("emoji designer", config.hold_out, designers)
+    images = _cells(_FOLDER / "emoji" / "emoji32.webp", 32, len(rows))
+    drawn_by = defaultdict(set)
+    for row in rows:
+        drawn_by[row["codepoints"]].add(row["vendor"])
+    chosen = [at for at, row in enumerate(rows) if kind == "category" or len(drawn_by[row["codepoints"]]) > 1]
+    rows = [rows[at] for at in chosen]
+    splits = [""] * len(rows)
+    if config.hold_out:
+        splits = ["test" if row["vendor"] == config.hold_out else "train" for row in rows]
+    return Listing(
+        TensorStore(images[chosen]),
+        names=[f"{row['vendor']}/{row['codepoints']}" for row in rows],
+        labels=[(row["category" if kind == "category" else "codepoints"],) for row in rows],
+        splits=splits,
+        notes=(f"labels: {kind}; designers: {', '.join(designers)}",),
+    )
+
+
+def _cells(path: Path, side: int, number: int) -> Tensor:
+    """uint8 (number, c, side, side): the cells of a sheet, row by row."""
+    with Image.open(path) as sheet:
+        pixels = np.array(sheet)
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    rows, columns, channels = pixels.shape[0] // side, pixels.shape[1] // side, pixels.shape[2]
+    cells = pixels.reshape(rows, side, columns, side, channels).transpose(0, 2, 4, 1, 3)
+    return torch.from_numpy(cells.reshape(-1, channels, side, side)[:number].copy())

@@ -1,0 +1,336 @@
+"""Batches for training and evaluation, on torch's DataLoader.
+
+Pictures travel as uint8; what is drawn at random comes from (seed, key) of each sample, never from the process that loads it:
+any number of workers gives the same batches. Sets that are small when decoded stay in memory (see `decoded`).
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vitrail.config import AugmentConfig, ConfigError, Preprocess
+from vitrail.data.decoded import MEMORY_LIMIT as KEPT_LIMIT
+from vitrail.data.decoded import (
+    FittedPictures,
+    WholePictures,
+    empty_fitted,
+    fitted_bytes,
+    keep_fitted,
+    keep_whole,
+)
+from vitrail.data.images import DecodeMode
+from vitrail.data.order import Request, SampleOrder
+from vitrail.data.samples import DataError, ImageDataset
+from vitrail.data.transforms import decode_for_eval, decode_for_train
+from vitrail.data.workers import PREFETCH, choose_workers, sample_cost
+
+_TRIES = 1000  # unreadable samples in a row before training gives up
+
+
+class Batch(NamedTuple):
+    """What a loader yields.
+
+    images: uint8 (b, c, h, w), channels innermost in memory. targets: int64 (b,), or float32 (b, k) with several labels.
+    indices: int64 (b,), of the samples in their data set. keys: int64 (b, 2), (epoch and copy, index), what augmentation
+    is drawn from. wait: seconds that the caller waited for this batch.
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    keys: Tensor
+    wait: float = 0.0
+
+
+Bad = list[tuple[str, str]]  # (name, reason) of the unreadable samples met on the way
+
+
+class TrainLoader:
+    """Endless batches of augmented training pictures in an order that is a pure function of (seed, epoch, step).
+
+    batch_size counts the pictures of one optimiser step over all ranks and `accumulate` micro-steps; every yielded batch
+    has batch_size / (world * accumulate) of them (see `SampleOrder` for the order, `repeats` and the end of an epoch).
+    weights: (n,), draws samples with replacement in these proportions. mode "scaled" decodes JPEG no larger than needed.
+    workers: processes; -1 chooses. An unreadable sample is replaced by the next readable one (see `BadFiles`).
+    Raises ConfigError when the batch cannot be divided, DataError for an empty set or, while loading, as `BadFiles` says.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        *,
+        preprocess: Preprocess,
+        augment: AugmentConfig,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = -1,
+        mode: DecodeMode = "scaled",
+        weights: np.ndarray | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        if not len(dataset):
+            raise DataError(f"no training samples; {dataset.bad.summary() or 'the split is empty'}")
+        self.dataset, self.rank, self.pin_memory = dataset, rank, pin_memory
+        self.order = SampleOrder(len(dataset), batch_size, seed, accumulate, world, augment.repeats, weights)
+        if augment.crop == "none":
+            kept: FittedPictures | WholePictures | None = keep_fitted(dataset, preprocess, mode)
+        else:
+            kept = keep_whole(dataset, preprocess.channels)
+        for index, reason in kept.reasons.items() if kept else ():
+            dataset.bad.add(dataset.names(index), reason)
+        self._fetch = _TrainFetch(dataset, preprocess, augment, seed, mode, kept)
+        cost = 0.0 if isinstance(kept, FittedPictures) else sample_cost(dataset, preprocess, kept is not None)
+        self.workers = choose_workers(workers, cost, world, fitted_bytes(self.micro_batch_size, preprocess))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch."""
+        return self.order.steps_per_epoch
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Pictures in each yielded batch."""
+        return self.order.micro_batch_size
+
+    def batches(self, start_micro_step: int = 0) -> Iterator[Batch]:
+        """Batches without end, from that micro-step of the whole training on; starting late costs nothing.
+
+        Loader processes start once and live until the iterator is closed.
+        """
+        yield from _load(self._fetch, self._requests(start_micro_step), self.workers, self.dataset, self.pin_memory)
+
+    def _requests(self, micro_step: int) -> Iterator[Request]:
+        while True:
+            yield self.order.request(micro_step, self.rank)
+            micro_step += 1
+
+
+def eval_batches(
+    dataset: ImageDataset,
+    *,
+    preprocess: Preprocess,
+    batch_size: int,
+    workers: int = -1,
+    mode: DecodeMode = "exact",
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Batch]:
+    """Every readable sample once, in order: of several processes each gets every `world`-th, from `rank` on.
+
+    Unreadable samples are recorded in `dataset.bad` and left out, so that a batch can be smaller; `indices` say which
+    samples it holds. A set that is small at the model's input size is decoded only the first time.
+    Raises DataError at the first unreadable one if the data set's policy is to refuse.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: {batch_size} is less than 1")
+    shard = np.arange(rank, len(dataset), world)
+    parts = [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
+    key = (preprocess, mode, rank, world)
+    if key in dataset.pixels:
+        yield from _kept_batches(dataset, dataset.pixels[key], parts)
+        return
+    small = not dataset.store.random and fitted_bytes(len(shard), preprocess) <= KEPT_LIMIT
+    pixels = empty_fitted(len(shard) if small else 0, preprocess)
+    cost = sample_cost(dataset, preprocess, False)
+    if workers < 0 and cost * len(shard) < 0.5:  # seconds; processes would take longer to start
+        workers = 0
+    workers = min(choose_workers(workers, cost, world, fitted_bytes(batch_size, preprocess)), len(parts))
+    requests = [Request(part, np.stack([np.zeros_like(part), part], 1)) for part in parts]
+    seen = np.zeros(len(shard), bool)
+    for batch in _load(_EvalFetch(dataset, preprocess, mode), requests, workers, dataset, False):
+        if small:
+            positions = (batch.indices - rank) // world
+            pixels[positions] = batch.images.permute(0, 2, 3, 1)
+            seen[positions.numpy()] = True
+        if len(batch.indices):
+            yield batch
+    if small:
+        reasons = dict(dataset.bad)
+        unread = {at: reasons[dataset.names(int(shard[at]))] for at in np.flatnonzero(~seen).tolist()}
+        dataset.keep(key, FittedPictures(pixels, unread))
+
+
+def _kept_batches(dataset: ImageDataset, kept: FittedPictures, parts: list[np.ndarray]) -> Iterator[Batch]:
+    first = 0
+    for part in parts:
+        start = time.perf_counter()
+        positions = np.arange(first, first + len(part))
+        first += len(part)
+        fine = np.array([at not in kept.reasons for at in positions.tolist()], bool)
+        _record(dataset, [(dataset.names(int(part[at])), kept.reasons[int(positions[at])]) for at in np.flatnonzero(~fine)])
+        if fine.any():
+            indices = part[fine]
+            keys = np.stack([np.zeros_like(indices), indices], 1)
+            batch = _assemble(dataset, kept.take(torch.from_numpy(positions[fine])), indices, keys)
+            yield batch._replace(wait=time.perf_counter() - start)
+
+
+class _EvalFetch(Dataset):
+    """Loads the samples of a request that can be read."""
+
+    def __init__(self, dataset: ImageDataset, preprocess: Preprocess, mode: DecodeMode) -> None:
+        self.dataset, self.preprocess, self.mode = dataset, preprocess, mode
+
+    def __getitem__(self, request: Request) -> tuple[Batch, Bad]:
+        indices, keys = request
+        images = empty_fitted(len(indices), self.preprocess)
+        fine: list[int] = []
+        bad: Bad = []
+        for at, index in enumerate(indices.tolist()):
+            try:
+                with _seeded(self.dataset, 0, 0, index):
+                    picture = self.dataset.read(index)
+                picture = decode_for_eval(picture, self.preprocess, mode=self.mode, max_pixels=self.dataset.max_pixels)
+            except (OSError, ValueError) as problem:
+                bad.append((self.dataset.names(index), str(problem)))
+                continue
+            images[len(fine)] = picture.permute(1, 2, 0)
+            fine.append(at)
+        return _assemble(self.dataset, images[: len(fine)].permute(0, 3, 1, 2), indices[fine], keys[fine]), bad
+
+
+class _TrainFetch(Dataset):
+    """Loads the samples of a request, each unreadable one replaced by the next readable one of the data set's order."""
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        preprocess: Preprocess,
+        augment: AugmentConfig,
+        seed: int,
+        mode: DecodeMode,
+        kept: FittedPictures | WholePictures | None,
+    ) -> None:
+        self.dataset, self.preprocess, self.augment = dataset, preprocess, augment
+        self.seed, self.mode, self.kept = seed, mode, kept
+        self.unreadable = dict(kept.reasons) if kept else {}  # index -> reason, what this process has found so far
+
+    def __getitem__(self, request: Request) -> tuple[Batch, Bad] | DataError:
+        try:
+            return self._load(request)
+        except DataError as problem:  # as a value: raised in a worker, it would arrive buried in a traceback
+            return problem
+
+    def _load(self, request: Request) -> tuple[Batch, Bad]:
+        indices, keys = request.indices.copy(), request.keys.copy()
+        bad: Bad = []
+        if isinstance(self.kept, FittedPictures):
+            for at in np.flatnonzero(np.isin(indices, list(self.unreadable))).tolist():
+                indices[at] = self._next_readable(int(indices[at]), bad)
+            images = self.kept.take(torch.from_numpy(indices))
+        else:
+            pixels = empty_fitted(len(indices), self.preprocess)
+            for at, (first, index) in enumerate(keys.tolist()):
+                indices[at], picture = self._picture(first, index, bad)
+                pixels[at] = picture.permute(1, 2, 0)
+            images = pixels.permute(0, 3, 1, 2)
+        keys[:, 1] = indices
+        return _assemble(self.dataset, images, indices, keys), bad
+
+    def _picture(self, first: int, index: int, bad: Bad) -> tuple[int, Tensor]:
+        for _ in range(_TRIES):
+            index = self._next_readable(index, bad)
+            try:
+                with _seeded(self.dataset, self.seed, first, index):
+                    picture = (self.kept or self.dataset).read(index)  # type: ignore[union-attr]
+                generator = torch.Generator().manual_seed(_number(self.seed, first, index))
+                return index, decode_for_train(
+                    picture, self.preprocess, self.augment, generator, mode=self.mode, max_pixels=self.dataset.max_pixels
+                )
+            except (OSError, ValueError) as problem:
+                self.unreadable[index] = str(problem)
+        raise DataError(_hopeless(self.dataset, self.unreadable))
+
+    def _next_readable(self, index: int, bad: Bad) -> int:
+        for _ in range(min(_TRIES, len(self.dataset))):
+            if index not in self.unreadable:
+                return index
+            bad.append((self.dataset.names(index), self.unreadable[index]))
+            index = (index + 1) % len(self.dataset)
+        raise DataError(_hopeless(self.dataset, self.unreadable))
+
+
+def _hopeless(dataset: ImageDataset, unreadable: dict[int, str]) -> str:
+    index, reason = next(iter(unreadable.items()))
+    found = f"{len(unreadable)} of {len(dataset)}"
+    return f"too many unreadable pictures in a row ({found}), such as {dataset.names(index)}: {reason}"
+
+
+def _assemble(dataset: ImageDataset, images: Tensor, indices: np.ndarray, keys: np.ndarray) -> Batch:
+    return Batch(images, torch.from_numpy(dataset.targets[indices]), torch.from_numpy(indices), torch.from_numpy(keys))
+
+
+def _record(dataset: ImageDataset, bad: Bad) -> None:
+    for name, reason in bad:
+        dataset.bad.add(name, reason)
+
+
+def _load(
+    fetch: Dataset, requests: Iterable[Request], workers: int, dataset: ImageDataset, pin_memory: bool
+) -> Iterator[Batch]:
+    """Answers to the requests, in order. What workers found unreadable is recorded here, in the caller's process."""
+    loader: DataLoader = DataLoader(
+        fetch,
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else it would draw from torch's global one, whose state belongs to the model
+    )
+    with warnings.catch_warnings():
+        # Forking beside threads is how DataLoader works on Linux; its workers run single-threaded and never touch the device.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        iterator = iter(loader)
+    while True:
+        start = time.perf_counter()
+        answer = next(iterator, None)
+        if answer is None:
+            return
+        if isinstance(answer, DataError):
+            raise answer
+        batch, bad = answer
+        _record(dataset, bad)
+        yield Batch(*batch)._replace(wait=time.perf_counter() - start)
+
+
+def _as_it_is(answer: Any) -> Any:
+    return answer
+
+
+def _number(seed: int, first: int, index: int) -> int:
+    """32 bits (all that torch's CPU generator uses of a seed) that are unlike for any two samples."""
+    return int(np.random.SeedSequence((seed, first, index)).generate_state(1, np.uint32)[0])
+
+
+@contextmanager
+def _seeded(dataset: ImageDataset, seed: int, first: int, index: int) -> Iterator[None]:
+    """Within it, the global generators give what belongs to this sample: random transforms inside a data set become pure."""
+    if not dataset.store.random:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    number = _number(seed, first, index)
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])

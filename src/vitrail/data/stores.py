@@ -1,0 +1,201 @@
+"""Stores: random access to raw pictures by row, wherever they lie. Nothing is decoded and nothing is copied to disk here."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vitrail.data.bands import to_uint8
+
+Picture: TypeAlias = bytes | str | Tensor | Image.Image  # encoded bytes, a path, or pixels (a uint8 tensor is (c, h, w))
+
+KEY_BYTES = 16
+_EDGE = 32 * 1024  # a content key covers the length and this much of either end: cheap on large sets, and distinct in practice
+
+
+def content_key(picture: Picture) -> bytes:
+    """16 bytes that depend on the picture's content only, never on its name. A missing or unreadable file counts as empty."""
+    if isinstance(picture, str):
+        try:
+            return _file_key(picture)
+        except OSError:
+            return _digest(0, b"", b"")
+    if isinstance(picture, Image.Image):
+        picture = torch.from_numpy(np.array(picture))
+    if isinstance(picture, Tensor):
+        picture = picture.contiguous().numpy().tobytes()
+    return _digest(len(picture), picture[:_EDGE], picture[_EDGE:][-_EDGE:])
+
+
+def _file_key(path: str) -> bytes:
+    with open(path, "rb") as file:
+        head = file.read(_EDGE)
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(size - _EDGE, len(head)))
+        return _digest(size, head, file.read(_EDGE))
+
+
+def _digest(length: int, head: bytes, tail: bytes) -> bytes:
+    digest = hashlib.blake2b(length.to_bytes(8, "little"), digest_size=KEY_BYTES)
+    digest.update(head)
+    digest.update(tail)
+    return digest.digest()
+
+
+class Store:
+    """Random access to raw pictures by row; rows never change. Every store can be pickled and read in loader processes.
+
+    random: reading may draw from the global random generators, which a loader then seeds for every sample.
+    """
+
+    random = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, row: int) -> Picture:
+        """The raw picture of one row. Raises OSError or ValueError when it cannot be read."""
+        raise NotImplementedError
+
+    def key(self, row: int) -> bytes:
+        """The row's content key (see `content_key`)."""
+        try:
+            return content_key(self.read(row))
+        except (OSError, ValueError):
+            return content_key(b"")
+
+
+class PathStore(Store):
+    """Files of a file system: paths relative to `root` (absolute ones stay absolute). Reading returns the path."""
+
+    def __init__(self, root: str | Path, paths: Sequence[str]) -> None:
+        self.root = str(root)
+        self.paths = pa.array(paths, pa.string())  # one buffer: no reference counts to copy into forked workers
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, row: int) -> str:
+        """The path of the file."""
+        return os.path.join(self.root, self.paths[row].as_py())
+
+
+class TensorStore(Store):
+    """Pictures of one size in memory, uint8 (n, c, h, w)."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, row: int) -> Tensor:
+        """uint8 (c, h, w), a view."""
+        return self.images[row]
+
+
+class ObjectStore(Store):
+    """Any map-style collection of (picture, label) from Python. What a data set's own code yields may change from call to
+    call (random transforms), so a row's key is its number, not its content."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+        self.random = not isinstance(items, (list, tuple))
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, row: int) -> Picture:
+        """The picture of item `row`; arrays become uint8 tensors. Raises ValueError when it is no picture."""
+        return as_picture(self.items[row][0])
+
+    def key(self, row: int) -> bytes:
+        """Made from the row number."""
+        return _digest(row, b"", b"")
+
+
+class ColumnStore(Store):
+    """An Arrow column in memory or memory-mapped: encoded bytes, paths relative to `root`, or structs {bytes, path}."""
+
+    def __init__(self, column: pa.ChunkedArray, root: str | Path = "") -> None:
+        self.column = column
+        self.root = str(root)
+        self.starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks]).tolist()
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def read(self, row: int) -> Picture:
+        """Encoded bytes where the column holds them, else the path."""
+        part = bisect_right(self.starts, row) - 1
+        value = self.column.chunk(part)[row - self.starts[part]].as_py()
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):
+            return os.path.join(self.root, value)
+        if not isinstance(value, bytes):
+            raise ValueError("the cell is empty" if value is None else f"the cell holds {type(value).__name__}, not a picture")
+        return value
+
+
+class ConcatStore(Store):
+    """Several stores, one after the other."""
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        self.stores = tuple(stores)
+        self.random = any(store.random for store in stores)
+        self.starts = np.cumsum([0] + [len(store) for store in stores]).tolist()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def _find(self, row: int) -> tuple[Store, int]:
+        part = bisect_right(self.starts, row) - 1
+        return self.stores[part], row - self.starts[part]
+
+    def read(self, row: int) -> Picture:
+        """What the store that holds the row reads."""
+        store, inner = self._find(row)
+        return store.read(inner)
+
+    def key(self, row: int) -> bytes:
+        """The key in the store that holds the row."""
+        store, inner = self._find(row)
+        return store.key(inner)
+
+
+def as_picture(value: Any) -> Picture:
+    """Whatever a Python collection yields as one picture, as a `Picture`.
+
+    Arrays are (h, w), (h, w, c) or, as a tensor, (c, h, w); floats must lie in 0..1, 16-bit values keep their upper 8 bits.
+    Raises ValueError otherwise.
+    """
+    if isinstance(value, (bytes, str, Image.Image)):
+        return value
+    if isinstance(value, (bytearray, memoryview)):
+        return bytes(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, dict) and ("bytes" in value or "path" in value):
+        return as_picture(value.get("bytes") or value.get("path"))
+    if isinstance(value, np.ndarray):
+        pixels = torch.from_numpy(np.ascontiguousarray(to_uint8(value)))
+        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
+    elif isinstance(value, Tensor):
+        pixels = torch.from_numpy(to_uint8(value.detach().cpu().numpy()))
+    else:
+        raise ValueError(f"expected a picture (path, bytes, PIL image, array or tensor), got {type(value).__name__}")
+    pixels = pixels[None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or 0 in pixels.shape:
+        raise ValueError(f"expected a picture of shape (channels, height, width), got {tuple(pixels.shape)}")
+    return pixels
