@@ -84,8 +84,8 @@ def fitting_resamples(cells: int) -> int:
 
 
 def weighted_average_precision(
-    probabilities: Float[Tensor, "n"], targets: Int[Tensor, "n"], weights: Float[Tensor, "b n"]
-) -> Float[Tensor, "b"]:
+    probabilities: Float[Tensor, " n"], targets: Int[Tensor, " n"], weights: Float[Tensor, "b n"]
+) -> Float[Tensor, " b"]:
     """Average precision of one label under b sample weightings: the mean precision over recall steps, ties taken together.
 
     nan where a weighting leaves no positive sample.

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +14,25 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics.functional.classification import binary_average_precision, binary_confusion_matrix, multiclass_confusion_matrix
+from torchmetrics.functional.classification import (
+    binary_average_precision,
+    binary_confusion_matrix,
+    multiclass_confusion_matrix,
+)
 
+from vitrail.checkpoints.io import write_text
 from vitrail.evaluation import bootstrap
 
 CALIBRATION_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks"
 LABEL_THRESHOLD = 0.5  # a label of a multi-label model is given from this probability on
+
+
+class Outputs(NamedTuple):
+    """What a model answered to the readable samples of a data set: raw scores, the truth, and which samples they were."""
+
+    logits: Float[Tensor, "n k"]
+    targets: Int[Tensor, " n"] | Float[Tensor, "n k"]
+    indices: Int[Tensor, " n"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class CalibrationBin:
 class Report:
     """The result of an evaluation.
 
-    metrics: single-label n, top1, top5, balanced_accuracy, macro_f1, nll, ece; multi-label n, map, micro_f1, macro_f1, nll, ece.
+    metrics: n, top1, top5, balanced_accuracy, macro_f1, nll, ece; multi-label: n, map, micro_f1, macro_f1, nll, ece.
     `<name>_low` and `<name>_high` bound a 95 % bootstrap interval over samples. Rates are fractions, nll is in nats.
     confusion: (k, k) counts, rows are the truth and columns the answers; multi-label: (k, 2, 2) per label, [truth][answer].
     """
@@ -49,7 +61,9 @@ class Report:
     calibration: list[CalibrationBin]
     classes: tuple[str, ...]
     multi_label: bool = False
+    split: str = ""  # of the data set
     notes: tuple[str, ...] = field(default=())
+    outputs: Outputs | None = field(default=None, repr=False, compare=False)  # not saved
 
     @property
     def headline(self) -> str:
@@ -76,16 +90,14 @@ class Report:
             "calibration": [{key: _finite(value) for key, value in vars(part).items()} for part in self.calibration],
             "classes": list(self.classes),
             "multi_label": self.multi_label,
+            "split": self.split,
             "notes": list(self.notes),
         }
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON, renamed into place when complete."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False), encoding="utf-8")
-        temporary.replace(path)
-        return path
+        write_text(Path(path), json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False))
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
@@ -98,6 +110,7 @@ class Report:
             calibration=[CalibrationBin(**{key: _nan(value) for key, value in part.items()}) for part in values["calibration"]],
             classes=tuple(values["classes"]),
             multi_label=values["multi_label"],
+            split=values["split"],
             notes=tuple(values["notes"]),
         )
 
@@ -122,7 +135,7 @@ _TITLES = {
 
 def classification_report(
     logits: Float[Tensor, "n k"],
-    targets: Int[Tensor, "n"] | Float[Tensor, "n k"],
+    targets: Int[Tensor, " n"] | Float[Tensor, "n k"],
     classes: tuple[str, ...] | list[str],
     multi_label: bool = False,
     seed: int = 0,
@@ -147,7 +160,7 @@ def classification_report(
 
 
 def calibration_bins(
-    confidence: Float[Tensor, "n"], right: Float[Tensor, "n"], bins: int = CALIBRATION_BINS
+    confidence: Float[Tensor, " n"], right: Float[Tensor, " n"], bins: int = CALIBRATION_BINS
 ) -> tuple[list[CalibrationBin], float]:
     """Bins of equal width (low, high] and the expected calibration error, the mean |accuracy - confidence| over samples."""
     # A saturated softmax gives exactly 1.0, which belongs to the last bin; library versions differ there, and the diagram
@@ -188,7 +201,7 @@ def _single_label(
         metrics |= {name: float(_class_mean(bootstrap.f1_scores(*counts)[index])), f"{name}_low": low, f"{name}_high": high}
     calibration, ece = calibration_bins(confidence, (answers == targets).float())
     metrics |= {"nll": float(F.cross_entropy(logits.double(), targets)), "ece": ece}
-    return Report(metrics, _per_class(classes, *counts), confusion, calibration, classes, False, notes)
+    return Report(metrics, _per_class(classes, *counts), confusion, calibration, classes, False, notes=notes)
 
 
 def _multi_label(
@@ -219,7 +232,7 @@ def _multi_label(
     table = _per_class(classes, *counts)
     for row, value in zip(table, precision_of, strict=True):
         row["average_precision"] = float(value)
-    return Report(metrics, table, confusion, calibration, classes, True, notes)
+    return Report(metrics, table, confusion, calibration, classes, True, notes=notes)
 
 
 def _per_class(
@@ -256,7 +269,7 @@ def _check(logits: Tensor, targets: Tensor, classes: tuple[str, ...] | list[str]
     wanted = (n, k) if multi_label else (n,)
     if tuple(targets.shape) != wanted:
         kind = "multi-label" if multi_label else "single-label"
-        raise ValueError(f"{kind} targets of shape {wanted} are needed for scores of shape {(n, k)}, got {tuple(targets.shape)}")
+        raise ValueError(f"{kind} targets for scores of shape {(n, k)} have the shape {wanted}, got {tuple(targets.shape)}")
     if not multi_label and (int(targets.min()) < 0 or int(targets.max()) >= k):
         raise ValueError(f"class numbers go from 0 to {k - 1}, got {int(targets.min())} to {int(targets.max())}")
 

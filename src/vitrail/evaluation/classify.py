@@ -1,0 +1,179 @@
+"""Run a classifier over a data set and judge it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vitrail.checkpoints import load_model
+from vitrail.config import ConfigError, DataConfig, Preprocess, unknown
+from vitrail.cost import autocast, memory_format, pick_device, pick_precision
+from vitrail.data import Data, ImageDataset, eval_batches, open_data
+from vitrail.data.images import DecodeMode
+from vitrail.data.transforms import Normalise
+from vitrail.evaluation.metrics import Outputs, Report, classification_report
+from vitrail.models import Model
+
+SPLITS = ("test", "val", "train")
+PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+@torch.no_grad()
+def predict_dataset(
+    model: Model,
+    dataset: ImageDataset,
+    preprocess: Preprocess,
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    batch_size: int = 64,
+    workers: int = 0,
+    decode: DecodeMode = "exact",
+    rank: int = 0,
+    world: int = 1,
+    progress: str | None = None,
+) -> Outputs:
+    """The model's scores of every readable sample, in the data set's order; pictures stream through, only scores are kept.
+
+    The model runs where it is moved to, in eval mode, and gets its mode back. Of several processes each answers its share
+    (`rank` of `world`). `progress` names the bar on stderr (plain lines where that is no terminal); None shows nothing.
+    Raises DataError if no sample can be read.
+    """
+    device, was_training = torch.device(device), model.training
+    layout, normalise = memory_format(model), Normalise(preprocess).to(device)
+    model.to(device).eval()
+    logits, targets, indices = [], [], []
+    batches = eval_batches(
+        dataset, preprocess=preprocess, batch_size=batch_size, workers=workers, mode=decode, rank=rank, world=world
+    )
+    try:
+        with _shown(progress, len(dataset) // world) as advance:
+            for batch in batches:
+                images = normalise(batch.images.to(device, non_blocking=True)).contiguous(memory_format=layout)
+                with autocast(device, precision):
+                    scores = model(images)
+                logits.append(scores.float().cpu())
+                targets.append(batch.targets)
+                indices.append(batch.indices)
+                advance(len(images))
+    finally:
+        model.train(was_training)
+    if not logits and world == 1:
+        raise ConfigError(f"none of the {len(dataset)} pictures could be read; {dataset.bad.summary()}")
+    if not logits:  # more processes than samples
+        nothing = torch.empty(0, dtype=torch.long)
+        return Outputs(torch.empty(0, model.config.num_classes), torch.from_numpy(dataset.targets[:0]), nothing)
+    return Outputs(torch.cat(logits), torch.cat(targets), torch.cat(indices))
+
+
+def evaluate(
+    model: Model | str | Path,
+    data: Any,
+    *,
+    split: str = "",
+    device: str = "auto",
+    precision: str = "fp32",
+    batch_size: int = 64,
+    workers: int = -1,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> Report:
+    """How good a model (or the checkpoint, folder or run at a path) is on a data set, with 95 % intervals.
+
+    data: anything a run takes (a path, the name of an embedded set, a torch Dataset, [(path, label), ...]) or opened `Data`;
+    `settings` are fields of `DataConfig`. split: test, val or train; "" is test where there is one, then val, then train.
+    The classes must be those of the checkpoint: a data set that differs is refused and the difference named (ConfigError).
+    Unreadable pictures are left out, counted and named in the report's notes, or refused with bad_files="refuse".
+    """
+    model = model if isinstance(model, Model) else load_model(model)
+    card = model.card
+    classes = tuple(card.classes) if card and card.classes else None
+    if isinstance(data, Data):
+        opened = data
+    else:
+        opened = open_data(data, _data_config(settings, bool(card and card.multi_label)), classes=classes)
+    _check_fit(model, opened)
+    dataset, name = _choose(opened, split)
+    preprocess = (card.preprocess if card else None) or Preprocess(
+        image_size=model.config.image_size, channels=model.config.in_channels
+    )
+    where = pick_device(device)
+    outputs = predict_dataset(
+        model,
+        dataset,
+        preprocess,
+        device=where,
+        precision=pick_precision(precision, where),
+        batch_size=batch_size,
+        workers=workers,
+        progress=f"evaluating {name}" if progress else None,
+    )
+    report = classification_report(outputs.logits, outputs.targets, opened.classes, opened.multi_label, seed)
+    notes = report.notes + ((dataset.bad.summary(),) if len(dataset.bad) else ())
+    return dataclasses.replace(report, split=name, notes=notes, outputs=outputs)
+
+
+def _data_config(settings: dict[str, Any], multi_label: bool) -> DataConfig:
+    names = [f.name for f in dataclasses.fields(DataConfig)]
+    for name in settings:
+        if name not in names:
+            raise unknown("setting", name, names)
+    return DataConfig(**{"multi_label": multi_label, **settings})
+
+
+def _check_fit(model: Model, data: Data) -> None:
+    """Data that was opened without the model's class names may number other classes, or the same ones otherwise."""
+    if model.card and model.card.multi_label != data.multi_label:
+        kinds = {True: "any number of labels", False: "one class"}
+        raise ConfigError(
+            f"the model gives a picture {kinds[model.card.multi_label]}, the data set {data.name} {kinds[data.multi_label]}"
+        )
+    count, names = model.config.num_classes, tuple(model.card.classes) if model.card else ()
+    if count != len(data.classes):
+        raise ConfigError(f"the model answers {count} classes, the data set {data.name} has {len(data.classes)}")
+    if names and names != data.classes:
+        other = [name for name in data.classes if name not in names]
+        found = f"unknown to the model: {', '.join(map(repr, other[:8]))}" if other else "the same ones in another order"
+        raise ConfigError(f"the classes of {data.name} are not those of the model: {found}; open it with the model's classes")
+
+
+def _choose(data: Data, split: str) -> tuple[ImageDataset, str]:
+    there = {name: dataset for name in SPLITS if (dataset := getattr(data, name)) is not None}
+    name = split or next(iter(there))
+    if name not in there:
+        raise ConfigError(f"{data.name} has no split {name!r}; it has: {', '.join(there)}")
+    return there[name], name
+
+
+@contextmanager
+def _shown(label: str | None, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that is told how many more samples are done."""
+    console = Console(stderr=True)
+    if label is None:
+        yield lambda count: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda count: bar.advance(task, count)
+    else:
+        done, last = 0, time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            if time.monotonic() - last >= PLAIN_SECONDS:
+                last = time.monotonic()
+                print(f"{label}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+        yield advance

@@ -1,0 +1,147 @@
+"""Predictor: from pictures wherever they are to class names, with the preprocessing and the names the model carries."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitrail.checkpoints import load_model
+from vitrail.config import ConfigError, Preprocess
+from vitrail.cost import pick_device, pick_precision
+from vitrail.data.images import MAX_PIXELS, DecodeMode
+from vitrail.data.transforms import decode_for_eval
+from vitrail.inference.engines import Engine
+from vitrail.inference.inputs import Asked, Input, expand
+from vitrail.models import Model
+
+LABEL_THRESHOLD = 0.5  # a label of a multi-label model is given from this probability on
+_AHEAD = 2  # batches of pictures decoded while the model runs
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer to one picture.
+
+    path: its path, or #place for a picture in memory. label, probability: the likeliest class. top: (label, probability),
+    likeliest first. labels: what is given: `label`, or for a multi-label model every label of at least 50 %. error: why
+    there is no answer, "" if there is one.
+    """
+
+    path: str
+    label: str = ""
+    probability: float = 0.0
+    top: tuple[tuple[str, float], ...] = ()
+    labels: tuple[str, ...] = ()
+    error: str = ""
+
+
+class Predictor:
+    """Answers pictures with a trained model.
+
+    `model` is a model, or the path of a checkpoint, folder or run; a model in memory is copied, not changed. Pictures:
+    paths, folders, patterns, "-" (paths on stdin), bytes, PIL images, arrays (h, w, c) and tensors (c, h, w), uint8 or
+    0..1. device and precision as in the settings of a run; `top` answers per picture; `decode` "scaled" is faster and
+    slightly less exact on large JPEGs; `workers` threads decode (-1: one per core, at most 16); `errors` "raise" ends at
+    the first picture that cannot be read, "keep" answers it with its `.error`.
+    Raises ValueError for a model that does not fit its own card, and for settings that do not exist.
+    """
+
+    def __init__(
+        self,
+        model: Model | str | Path,
+        device: str = "auto",
+        precision: str = "auto",
+        batch_size: int = 32,
+        top: int = 5,
+        decode: DecodeMode = "exact",
+        workers: int = -1,
+        errors: Literal["keep", "raise"] = "keep",
+        max_pixels: int = MAX_PIXELS,
+    ):
+        for name, value, allowed in (("decode", decode, ("exact", "scaled")), ("errors", errors, ("keep", "raise"))):
+            if value not in allowed:
+                raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        if batch_size < 1 or top < 1:
+            raise ConfigError(f"batch_size and top must be at least 1, got {batch_size} and {top}")
+        model = model if isinstance(model, Model) else load_model(model)
+        count, card = model.config.num_classes, model.card
+        self.classes: tuple[str, ...] = (card.classes if card else ()) or tuple(str(i) for i in range(count))
+        if len(self.classes) != count:
+            raise ConfigError(f"the model answers {count} classes, but its card names {len(self.classes)}")
+        self.multi_label = bool(card and card.multi_label)
+        self.preprocess: Preprocess = (card.preprocess if card else None) or Preprocess(
+            image_size=model.config.image_size, channels=model.config.in_channels
+        )
+        self.device = pick_device(device)
+        self.precision = pick_precision(precision, self.device)
+        self.batch_size, self.top, self.decode, self.errors = batch_size, min(top, count), decode, errors
+        self.workers = workers if workers > 0 else min(os.cpu_count() or 1, 16)
+        self.max_pixels = max_pixels
+        self.engine = Engine(model, self.preprocess, self.device, self.precision)
+
+    def __call__(self, inputs: Input | Iterable[Input]) -> list[Prediction]:
+        """One prediction per picture, in order."""
+        return list(self.stream(inputs))
+
+    def stream(self, inputs: Input | Iterable[Input]) -> Iterator[Prediction]:
+        """Predictions one after the other, in order, in memory that does not grow with their number."""
+        for batch in self._batches(inputs):
+            pictures = [picture for _, picture in batch if isinstance(picture, Tensor)]
+            answers = iter(self._answers(self.engine(torch.stack(pictures))) if pictures else ())
+            for name, picture in batch:
+                yield Prediction(name, error=picture) if isinstance(picture, str) else Prediction(name, **next(answers))
+
+    def logits(self, inputs: Input | Iterable[Input]) -> Float[Tensor, "n k"]:
+        """Raw scores, float32. Raises ValueError for a picture that cannot be read: there is no score to put in its place."""
+        scores = [torch.empty(0, len(self.classes))]
+        for batch in self._batches(inputs):
+            for name, picture in batch:
+                if isinstance(picture, str):
+                    raise ValueError(f"{name}: {picture}")
+            scores.append(self.engine(torch.stack([picture for _, picture in batch])))  # type: ignore[misc]
+        return torch.cat(scores)
+
+    def _answers(self, scores: Float[Tensor, "b k"]) -> Iterator[dict[str, object]]:
+        probabilities = scores.sigmoid() if self.multi_label else scores.softmax(1)
+        best = probabilities.topk(self.top)
+        for row, values, places in zip(probabilities, best.values.tolist(), best.indices.tolist(), strict=True):
+            top = tuple((self.classes[i], value) for i, value in zip(places, values, strict=True))
+            given = [self.classes[i] for i in (row >= LABEL_THRESHOLD).nonzero()[:, 0].tolist()]
+            labels = tuple(given) if self.multi_label else (top[0][0],)
+            yield {"label": top[0][0], "probability": top[0][1], "top": top, "labels": labels}
+
+    def _batches(self, inputs: Input | Iterable[Input]) -> Iterator[list[tuple[str, Tensor | str]]]:
+        """Decoded pictures, or the reason there is none, by name; the threads work ahead while the caller computes."""
+        asked = expand(inputs)
+        waiting: deque[tuple[str, Future[Tensor | str]]] = deque()
+        pool = ThreadPoolExecutor(self.workers, "decode")
+        try:
+            while True:
+                while len(waiting) < _AHEAD * self.batch_size and (item := next(asked, None)) is not None:
+                    waiting.append((item.name, pool.submit(self._read, item)))
+                if not waiting:
+                    return
+                ready = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
+                yield [(name, future.result()) for name, future in ready]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _read(self, item: Asked) -> Tensor | str:
+        reason = item.error
+        if item.picture is not None:
+            try:
+                return decode_for_eval(item.picture, self.preprocess, mode=self.decode, max_pixels=self.max_pixels)
+            except Exception as problem:  # whatever a decoder makes of a stranger's file must not end the run
+                reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        if self.errors == "raise":
+            raise ValueError(f"{item.name}: {reason}")
+        return reason

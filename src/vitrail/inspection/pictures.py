@@ -1,0 +1,209 @@
+"""The pictures of a report: mistakes, and where the model looked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from vitrail.config import Preprocess
+from vitrail.data import ImageDataset
+from vitrail.data.transforms import Normalise, decode_for_eval
+from vitrail.evaluation.metrics import LABEL_THRESHOLD, Outputs
+from vitrail.inspection import draw
+from vitrail.inspection.attention import AttentionView, look
+from vitrail.inspection.sections import Context, percent
+from vitrail.models import Model
+
+CARDS = 12  # pictures in a group of mistakes
+LOOKED_AT = 9  # pictures with attention maps
+MEASURED = 32  # pictures behind the attention distances
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A data set beside a model's answers to it; rows count the answers, which lack the unreadable pictures."""
+
+    dataset: ImageDataset
+    preprocess: Preprocess
+    outputs: Outputs
+
+    @property
+    def probabilities(self) -> Float[Tensor, "n k"]:
+        """Softmax of the scores, or their sigmoid for a multi-label set."""
+        logits = self.outputs.logits
+        return logits.sigmoid() if self.dataset.multi_label else logits.softmax(1)
+
+    @property
+    def hard(self) -> bool:
+        """Whether pictures are so small that their pixels should be shown as squares."""
+        return max(self.preprocess.image_size) <= draw.SMALL_PICTURE
+
+    def picture(self, row: int) -> UInt8[Tensor, "c h w"]:
+        """The picture as the model gets it, before normalisation."""
+        return decode_for_eval(self.dataset.read(int(self.outputs.indices[row])), self.preprocess)
+
+    def name(self, row: int) -> str:
+        """The sample's name."""
+        return self.dataset.names(int(self.outputs.indices[row]))
+
+    def labels(self, chosen: Tensor) -> str:
+        """The names of the classes that are set in a row (k,) of 0 and 1."""
+        return ", ".join(self.dataset.classes[i] for i in chosen.nonzero()[:, 0].tolist()) or "(no label)"
+
+
+def mistakes(gallery: Gallery) -> Context:
+    """The answers that were most confidently wrong, and the truths that were given the least probability."""
+    if gallery.dataset.multi_label:
+        return _label_mistakes(gallery)
+    probabilities, truth = gallery.probabilities, gallery.outputs.targets
+    sure, answers = probabilities.max(1)
+    given = probabilities.gather(1, truth[:, None])[:, 0]
+    wrong = (answers != truth).nonzero()[:, 0]
+    confident = wrong[sure[wrong].argsort(descending=True, stable=True)][:CARDS].tolist()
+    rest = torch.tensor([row for row in wrong.tolist() if row not in set(confident)], dtype=torch.long)
+    hardest = rest[given[rest].argsort(stable=True)][:CARDS].tolist()
+
+    def card(row: int) -> Context:
+        return {
+            "picture": draw.data_uri(gallery.picture(row)),
+            "name": gallery.name(row),
+            "answer": gallery.dataset.classes[int(answers[row])],
+            "probability": _shown(sure[row]),
+            "truth": gallery.dataset.classes[int(truth[row])],
+            "truth_probability": _shown(given[row]),
+        }
+
+    groups = [
+        {"title": "Most confidently wrong", "cards": [card(row) for row in confident]},
+        {"title": "Worst of the others: the truth was given the least", "cards": [card(row) for row in hardest]},
+    ]
+    about = f"{len(wrong):,} of {len(truth):,} pictures were answered wrongly; {len(confident) + len(hardest)} of them are shown, "
+    about += "as the model gets them. In colour the answer and its probability, below the truth and what it was given."
+    return {"about": about, "hard": gallery.hard, "groups": [group for group in groups if group["cards"]]}
+
+
+def _label_mistakes(gallery: Gallery) -> Context:
+    probabilities, truth = gallery.probabilities, gallery.outputs.targets > LABEL_THRESHOLD
+    extra = torch.where(truth, -1.0, probabilities)  # (n, k): a label that is wrong, by how sure it was given
+    missed = torch.where(truth, 1 - probabilities, -1.0)
+    threshold = 1 - LABEL_THRESHOLD
+
+    def cards(scores: Tensor, kind: str) -> list[Context]:
+        best = scores.flatten().argsort(descending=True, stable=True)[:CARDS].tolist()
+        places = [divmod(place, scores.shape[1]) for place in best if scores.flatten()[place] > threshold]
+        return [
+            {
+                "picture": draw.data_uri(gallery.picture(row)),
+                "name": gallery.name(row),
+                "answer": f"{kind} {gallery.dataset.classes[label]}",
+                "probability": _shown(probabilities[row, label]),
+                "truth": gallery.labels(truth[row]),
+                "truth_probability": "",
+            }
+            for row, label in places
+        ]
+
+    groups = [
+        {"title": "Most confidently wrong labels", "cards": cards(extra, "not")},
+        {"title": "Most confidently missed labels", "cards": cards(missed, "missed")},
+    ]
+    wrong = int(((probabilities >= LABEL_THRESHOLD) != truth).any(1).sum())
+    about = f"{wrong:,} of {len(truth):,} pictures got at least one label wrong at a threshold of 50 %. "
+    about += "In colour the label and its probability, below all true labels of the picture."
+    return {"about": about, "hard": gallery.hard, "groups": [group for group in groups if group["cards"]]}
+
+
+def attention(model: Model, gallery: Gallery) -> Context:
+    """Attention maps over some pictures and how far the heads look; for a model without attention, that it has none."""
+    rows, chosen = _chosen(gallery)
+    measured = np.unique(np.linspace(0, len(gallery.outputs.logits) - 1, MEASURED).astype(int)).tolist()
+    views = {row: _look(model, gallery, row) for row in dict.fromkeys([*rows, *measured])}
+    shown = [(row, view) for row in rows if (view := views[row]) is not None]
+    if not shown:
+        return {
+            "about": "Where a transformer looks when it answers.",
+            "none": f"A model of the family {model.family} has no attention, so there are no maps to show.",
+            "cards": [],
+        }
+    first = shown[0][1]
+    about = (
+        f"Each pane is one patch; the brighter, the more of its attention {first.asking} gives it, next to the brightest pane of the "
+        "same picture. Last layer: averaged over its heads. Rollout: all layers multiplied together, skip connections counted as "
+        f"half. Shown are {chosen}."
+    )
+    if first.asking.startswith("the mean"):
+        about += " The model pools by the mean and has no class token to ask, so the maps average over all asking patches."
+    far = {
+        name: torch.cat([views[row].distances[name] for row in measured]).mean(0)  # type: ignore[union-attr]
+        for name in first.distances
+    }
+    height, width = gallery.preprocess.image_size
+    return {
+        "about": about,
+        "cards": [_card(gallery, row, view) for row, view in shown],
+        "hard": gallery.hard,
+        "distances": draw.distances(list(far.values()), math.hypot(height, width)),
+        "distance_about": "Mean distance between a patch and what it attends to, weighted by attention: a dot is a head, the line "
+        f"the mean of a layer, over n = {len(measured)} pictures spread evenly over the set.",
+    }
+
+
+def _look(model: Model, gallery: Gallery, row: int) -> AttentionView | None:
+    """One picture at a time: the maps of all layers together grow with the square of the tokens."""
+    device = next(model.parameters()).device
+    normalise = Normalise(gallery.preprocess).to(device)
+    return look(model, normalise(gallery.picture(row)[None].to(device)))
+
+
+def _chosen(gallery: Gallery) -> tuple[list[int], str]:
+    """Which pictures to look at, and in words how they were chosen."""
+    probabilities = gallery.probabilities
+    if gallery.dataset.multi_label:
+        return list(range(min(LOOKED_AT, len(probabilities)))), "the first pictures of the set"
+    sure, answers = probabilities.max(1)
+    truth = gallery.outputs.targets
+    right = (answers == truth).tolist()
+    first: dict[int, int] = {}
+    for row, label in enumerate(truth.tolist()):
+        if right[row]:
+            first.setdefault(label, row)
+    classes = sorted(first)
+    picked = np.unique(np.linspace(0, len(classes) - 1, min(len(classes), LOOKED_AT - 3)).astype(int)) if classes else []
+    wrong = (answers != truth).nonzero()[:, 0]
+    confident = wrong[sure[wrong].argsort(descending=True, stable=True)][:3].tolist()
+    rows = [*(first[classes[i]] for i in picked), *confident]
+    return rows, "the first rightly answered picture of up to six classes, and the three most confident mistakes"
+
+
+def _card(gallery: Gallery, row: int, view: AttentionView) -> Context:
+    picture = gallery.picture(row)
+    last, rolled = (draw.overlay(picture, maps[0].mean(0)) for maps in (view.last, view.rollout))
+    parts: list[Any] = [("picture", picture), ("last layer", last), ("rollout", rolled)]
+    probabilities = gallery.probabilities[row]
+    if gallery.dataset.multi_label:
+        given, truth = probabilities >= LABEL_THRESHOLD, gallery.outputs.targets[row] > LABEL_THRESHOLD
+        answer, right = gallery.labels(given), gallery.labels(truth)
+    else:
+        answer = gallery.dataset.classes[int(probabilities.argmax())]
+        right = gallery.dataset.classes[int(gallery.outputs.targets[row])]
+    return {
+        "parts": [{"what": what, "uri": draw.data_uri(part)} for what, part in parts],
+        "ok": answer == right,
+        "answer": answer,
+        "truth": right,
+        "probability": _shown(probabilities.max()),
+    }
+
+
+def _shown(probability: Tensor) -> str:
+    """One digit; a value that would round to 0 or 100 % but is not keeps a sign of it."""
+    value = float(probability)
+    if 0 < value < 0.0005:
+        return "< 0.1 %"
+    return "> 99.9 %" if 0.9995 <= value < 1 else f"{percent(value, 1)} %"

@@ -1,0 +1,27 @@
+"""report.html of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("vitrail.inspection"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+
+
+def render(context: dict[str, Any]) -> str:
+    """The page."""
+    return _TEMPLATES.get_template("report.html.jinja").render(band=_glass(48), panes=_panes(), **context)
+
+
+def _glass(count: int) -> list[dict[str, Any]]:
+    """Shades of `count` panes: one accent in many strengths, a few in amber and ruby; the same on every page."""
+    shades = [0.9, 0.45, 0.7, 0.3, 0.8, 0.55, 1.0, 0.38, 0.62, 0.85, 0.5]
+    colours = {5: "#d8a23a", 13: "var(--wrong)", 18: "#d8a23a"}
+    return [{"fill": colours.get(i % 23, "var(--accent)"), "opacity": shades[(i * 7) % len(shades)]} for i in range(count)]
+
+
+def _panes() -> list[dict[str, Any]]:
+    return [{"x": 3 + 13.5 * (i % 4), "y": 3 + 13 * (i // 4), **shade} for i, shade in enumerate(_glass(24))]
