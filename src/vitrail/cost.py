@@ -76,8 +76,14 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, DTYPES[precision])
 
 
-def memory_format(model: nn.Module) -> torch.memory_format:
-    """The layout of pictures and weights that a model runs fastest in: channels last where convolutions hold most weights."""
+def memory_format(model: nn.Module, training: bool = False, precision: str = "fp32") -> torch.memory_format:
+    """The layout of pictures and weights that a model runs fastest in: channels last where convolutions hold most weights.
+
+    But not for float32 training on a CPU: torch's channels-last batch normalisation sums plainly in float32 there, and the
+    gradients of a ResNet-50 come out three times less accurate (measured against float64).
+    """
+    if training and precision == "fp32" and next(model.parameters()).device.type == "cpu":
+        return torch.contiguous_format
     convolved = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d))
     return torch.channels_last if 2 * convolved > count_parameters(model) else torch.contiguous_format
 
@@ -239,13 +245,18 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def processor() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    processor = models[0].partition(":")[2].strip() if models else platform.processor()
-    return f"{platform.node()} {processor} x{os.cpu_count()} {device.type}"
+    return f"{platform.node()} {processor()} x{os.cpu_count()} {device.type}"
 
 
 def _cache_file() -> Path:
