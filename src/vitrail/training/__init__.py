@@ -1,0 +1,1 @@
+"""Training: one visible loop, exact resume, and what it needs."""

@@ -1,0 +1,33 @@
+"""From a loader's uint8 batch to what the model sees: augmented, normalised and mixed on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.config import AugmentConfig, Preprocess
+from vitrail.data import Batch
+from vitrail.data.augment import DeviceAugment
+from vitrail.data.mixing import mix_batch
+from vitrail.data.transforms import Normalise
+
+
+class Inputs(nn.Module):
+    """Pictures (b, c, h, w) in float32 and targets, (b,) class numbers or (b, k) soft ones where pictures are mixed."""
+
+    def __init__(self, preprocess: Preprocess, augment: AugmentConfig, classes: int, seed: int, layout: torch.memory_format):
+        super().__init__()
+        self.config, self.classes, self.seed, self.layout = augment, classes, seed, layout
+        self.augment = DeviceAugment(augment)
+        self.normalise = Normalise(preprocess)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, device: torch.device, draw: int) -> tuple[Tensor, Tensor]:
+        """Augmentation is drawn per sample from its key and the seed; what is mixed with what from the number `draw`."""
+        images = batch.images.to(device, non_blocking=True)
+        targets = batch.targets.to(device, non_blocking=True)
+        images = self.normalise(self.augment(images, batch.keys.to(device), self.seed))
+        if self.config.mixup or self.config.cutmix:
+            soft = nn.functional.one_hot(targets, self.classes).float() if targets.ndim == 1 else targets
+            images, targets = mix_batch(images, soft, self.config, torch.Generator(device).manual_seed(draw))
+        return images.contiguous(memory_format=self.layout), targets

@@ -1,0 +1,259 @@
+"""The training loop: prepare, show the plan, take steps, evaluate, end."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitrail.checkpoints import save_model
+from vitrail.checkpoints.io import write_text
+from vitrail.config import RunConfig, dump
+from vitrail.data import Batch
+from vitrail.evaluation.metrics import Report
+from vitrail.models import Model
+
+from . import schedule
+from .distributed import joined_ranks
+from .evaluators import Evaluator
+from .interrupt import Abandoned, Interruption, Stopped
+from .log import Log, Meter, Screen
+from .objectives import Objective
+from .optim import set_lr
+from .plan import Plan, hand_out, make_plan, rehearse, steps_within
+from .setup import CONFIG, Job, Request, prepare, resolve
+from .state import SaveError, newest_checkpoint, remove_unfinished, restore, save_checkpoint
+from .status import Clock, evaluation_line, status_line
+from .step import NonFiniteError, StepResult, keep_refused, optimiser_step
+
+BEST, FINAL = "best", "model"  # folders of a run, each loadable
+REPORT = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `model` holds the final weights (their moving average if that is on), `metrics` those of the report."""
+
+    path: Path
+    model: Model
+    config: RunConfig
+    metrics: dict[str, float]
+    history: list[dict[str, Any]] = field(repr=False)  # the records of metrics.jsonl
+    report: Report | None = field(default=None, repr=False)  # of the test split, else of the validation split
+    is_main: bool = True  # whether this process writes the run's files
+
+
+def train(
+    config: RunConfig | None = None,
+    data: Any = None,
+    *,
+    resume: bool | str | Path = False,
+    objective: Objective | None = None,
+    evaluators: Sequence[Evaluator] = (),
+    **settings: Any,
+) -> Run:
+    """Train a classifier as the settings say; they are a RunConfig, its fields by name (`lr=1e-3`), or both.
+
+    data: a path or the name of an embedded set, or from Python a torch Dataset or [(picture, label), ...].
+    resume: the directory of a run to go on with exactly, or True: go on if the run's directory holds one, else start.
+    objective: called with (model, images, targets), returns a dict of means with "loss"; default: `build_objective`.
+    evaluators: called with a model, yield (name, value); the best is where "top1", "map" or else the first is largest.
+    Default: all metrics of the validation split.
+
+    Raises ConfigError for settings, data or weights that cannot be used, NonFiniteError when the loss diverges, SaveError
+    when the disk is full, and leaves through Stopped (a SystemExit, 130 or 143) after SIGINT or SIGTERM, having saved.
+    """
+    clock = Clock()
+    request = resolve(config, data, settings, resume)
+    with Interruption() as interruption, joined_ranks(request.config.device) as ranks, Screen(ranks.main) as screen:
+        job = prepare(request, ranks, objective, evaluators)
+        with _plain_disk_errors(job.path):
+            plan, stream = _begin(job, request, screen, clock)
+            progress = job.state.progress
+            with Log(job.path, progress.step, job.config.tensorboard, ranks.main) as log:
+                with closing(stream):
+                    _fit(job, plan, stream, log, screen, interruption, clock)
+                return _finish(job, log, screen)
+
+
+def _begin(job: Job, request: Request, screen: Screen, clock: Clock) -> tuple[Plan, Generator[Batch]]:
+    """Start or restore, show the plan, and write down the settings as they became."""
+    job.state.model.train()
+    main, start = job.ranks.main, 0
+    if main:
+        job.path.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(job.path)
+    if request.checkpoint is not None:
+        restore(request.checkpoint, job.state)
+        start = job.state.progress.step * job.config.accumulate
+    clock.before = job.state.progress.seconds
+    stream = hand_out([], job.loader.batches(start))
+    rehearsal = None
+    if not request.resumed:
+        rehearsal, stream = rehearse(job, stream)
+        budget = job.config.schedule.time_budget
+        if budget:
+            affordable = steps_within(job, rehearsal, 60 * budget - clock.seconds)
+            job.state.progress.total = min(job.state.progress.total, job.ranks.agree(affordable))
+    plan = make_plan(job, rehearsal)
+    for line in plan.lines:
+        screen.say(line)
+    if request.resumed:
+        screen.say(f"resumed  at step {job.state.progress.step:,} of {job.state.progress.total:,}")
+    length = dataclasses.replace(job.config.schedule, steps=job.state.progress.total)
+    job.config = dataclasses.replace(job.config, schedule=length)
+    if main:
+        write_text(job.path / CONFIG, dump(job.config))
+    return plan, stream
+
+
+def _fit(
+    job: Job, plan: Plan, stream: Iterator[Batch], log: Log, screen: Screen, interruption: Interruption, clock: Clock
+) -> None:
+    """The loop: until the end, evaluate and save where due, take a step, write down what it measured."""
+    config, p = job.config, job.state.progress
+    meter = Meter(p.window)
+    stopping = False
+    while True:
+        due = p.step == p.total or p.step % job.evaluation_steps == 0
+        if job.evaluators and due and p.step > p.evaluated:
+            with clock.measure("evaluating"):
+                stopping |= not _evaluate(job, log, screen, interruption)
+        ended = p.step >= p.total or 0 < config.schedule.patience <= p.stale
+        if ended or stopping or _save_is_due(job, clock):
+            with clock.measure("saving"):
+                _save(job, log, clock)
+        if ended or stopping:
+            break
+        with clock.measure("stepping"):
+            batches = [next(stream) for _ in range(config.accumulate)]
+            set_lr(job.state.optimizer, job.peak_lr * schedule.factor(config.schedule, p.step, p.total, job.warmup))
+            result = optimiser_step(job, batches, p.step * config.accumulate, interruption.number > 0)
+        p.step += 1
+        p.seconds = clock.total
+        stopping = result.stopping
+        _account(job, result, batches, meter, log, screen, clock)
+        if p.step % job.record_steps == 0 or p.step % job.evaluation_steps == 0 or p.step == p.total:
+            _record(job, plan, meter, log)
+        if screen.due:
+            screen.show(status_line(job, plan, meter, clock, result))
+    if stopping and not ended:
+        screen.say(f"stopped at step {p.step:,} of {p.total:,} and saved; go on with: vitrail train --resume {job.path}")
+        raise Stopped(interruption.number)
+
+
+def _account(
+    job: Job, result: StepResult, batches: Sequence[Batch], meter: Meter, log: Log, screen: Screen, clock: Clock
+) -> None:
+    """Count a step; a refused one is written down, its batch kept, and too many in a row end the run."""
+    p, limit = job.state.progress, job.config.max_nonfinite
+    if result.outcome == "done":
+        p.refused = 0
+        wait = sum(batch.wait for batch in batches)
+        clock.waited(wait)
+        meter.add({**result.values, "grad_norm": result.norm}, clock.last, wait, job.config.batch_size)
+        return
+    log.record(result.outcome, p.step, epoch=job.epoch, loss=result.values["loss"], grad_norm=result.norm)
+    if result.outcome == "rescaled":
+        return
+    p.refused += 1
+    p.refused_total += 1
+    kept = keep_refused(job, batches, result)
+    what = f"step {p.step} refused: loss {result.values['loss']:g}, gradient norm {result.norm:g}; weights unchanged"
+    screen.say(what + (f", batch kept in {kept.name}" if kept else ""))
+    if p.refused >= limit:
+        raise NonFiniteError(
+            f"{p.refused} steps in a row gave a loss or gradient that is not a finite number (last: step {p.step}); "
+            f"training stopped, the batches are in {job.path}/nonfinite-step-*. Try a lower --lr, a longer --warmup-epochs, "
+            "--clip-norm 1, --precision fp32, or look at the kept pictures"
+        )
+
+
+def _record(job: Job, plan: Plan, meter: Meter, log: Log) -> None:
+    p = job.state.progress
+    log.record(
+        "train", p.step, epoch=job.epoch, lr=job.state.optimizer.param_groups[-1]["lr"], **meter.means(),
+        images_per_second=meter.speed, data_wait=meter.waiting, mfu=plan.utilisation(meter.speed, job.ranks.world),
+        seconds=p.seconds,
+    )  # fmt: skip
+    meter.sums.clear()
+
+
+def _evaluate(job: Job, log: Log, screen: Screen, interruption: Interruption) -> bool:
+    """Ask the evaluators and keep the best weights; False when a signal came before they had answered."""
+    p, model = job.state.progress, job.state.averaged
+    try:
+        with interruption.at_once(job.ranks.world == 1):
+            values = {name: float(value) for evaluator in job.evaluators for name, value in evaluator(model)}
+    except Abandoned:
+        return False
+    finally:
+        job.state.model.train()
+    p.evaluated = p.step
+    log.record("eval", p.step, epoch=job.epoch, **values)
+    headline = next((name for name in ("top1", "map") if name in values), next(iter(values), ""))
+    better = bool(headline) and (p.best is None or values[headline] > p.best)
+    p.stale = 0 if better else p.stale + 1
+    if better:
+        p.best, p.best_step = values[headline], p.step
+        if job.ranks.main:
+            save_model(model, job.path / BEST, card=dataclasses.replace(job.card, metrics=values))
+    screen.say(evaluation_line(job, log, values, headline, better))
+    return True
+
+
+def _save_is_due(job: Job, clock: Clock) -> bool:
+    p, config = job.state.progress, job.config
+    by_steps = config.save_every_steps > 0 and p.step > 0 and p.step % config.save_every_steps == 0
+    return by_steps or (config.save_every_minutes > 0 and clock.since_save >= 60 * config.save_every_minutes)
+
+
+def _save(job: Job, log: Log, clock: Clock) -> None:
+    """Only the main process writes; the log is made safe first, so that it reaches as far as the checkpoint."""
+    clock.saved()
+    job.state.progress.seconds = clock.total
+    if job.ranks.main:
+        log.sync()
+        save_checkpoint(job.path, job.state, job.card, max(job.config.keep_last, 1))
+
+
+def _finish(job: Job, log: Log, screen: Screen) -> Run:
+    """The final report (test split, else validation) in float32, the final weights, and where everything is."""
+    model, p = job.state.averaged, job.state.progress
+    split = next((split for split in ("test", "val") if getattr(job.data, split) is not None), None)
+    report = None
+    if split is not None and (evaluator := job.split_evaluator(split)) is not None:
+        report = evaluator.report(model, precision="fp32", progress=f"evaluating {split}")
+    metrics = job.ranks.agree(dict(report.metrics) if report else {})
+    card = dataclasses.replace(job.card, metrics=metrics)
+    model.card = card
+    if job.ranks.main:
+        save_model(model, job.path / FINAL, card=card)
+        if report is not None:
+            report = dataclasses.replace(report, split=split or "")
+            report.save(job.path / REPORT)
+            log.record("final", p.step, epoch=job.epoch, split=split, **metrics)
+            screen.say(f"\n{split}\n{report}")
+        if p.best is not None:
+            screen.say(f"best      step {p.best_step:,}: {p.best:.4f}, in {job.path / BEST}")
+        screen.say(f"final     step {p.step:,}, in {job.path / FINAL}")
+    return Run(job.path, model.eval(), job.config, metrics, log.history, report, job.ranks.main)
+
+
+@contextmanager
+def _plain_disk_errors(run: Path) -> Iterator[None]:
+    """A disk that is full while anything is written gives one plain SaveError."""
+    try:
+        yield
+    except SaveError:
+        raise
+    except OSError as problem:
+        if problem.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        kept = newest_checkpoint(run)
+        survivor = f"make room and go on with: vitrail train --resume {run}" if kept else "nothing had been saved yet"
+        raise SaveError(f"{problem.filename or run}: {problem.strerror}; {survivor}") from None

@@ -1,0 +1,187 @@
+"""What a run is going to do, found out and shown before its first step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vitrail.cost import Memory, autocast, count_flops, count_parameters, forecast_memory, matmul_peak, synchronise
+from vitrail.data import Batch, Data, ImageDataset
+
+from .log import duration
+from .setup import Job
+from .step import micro_step
+
+REHEARSED_SECONDS = 2.0  # measure about this long, or REHEARSED_STEPS if that is shorter
+REHEARSED_STEPS = 4
+NAMED_CLASSES = 12
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Measured seconds: a micro-step, waiting for its batch, the update after all micro-steps, evaluating one picture."""
+
+    micro: float
+    wait: float
+    update: float
+    picture: float
+
+    def step(self, accumulate: int) -> float:
+        """One optimiser step."""
+        return accumulate * (self.micro + self.wait) + self.update
+
+
+def rehearse(job: Job, stream: Iterator[Batch]) -> tuple[Rehearsal, Generator[Batch]]:
+    """Run a few micro-steps, an update and a forward pass with the clock on, and put everything back as it was.
+
+    The batches seen are handed out again by the returned stream, so the run itself starts with the first one.
+    """
+    state, device = job.state, job.ranks.device
+    weights = {name: tensor.to("cpu", copy=True) for name, tensor in state.model.state_dict().items()}
+    average = None if state.ema is None else {name: tensor.clone() for name, tensor in state.ema.state_dict().items()}
+    held = [next(stream)]
+    micro_step(job, held[0], 0)  # the first one allocates, compiles and warms up
+    micro: list[float] = []
+    wait: list[float] = []
+    while len(micro) < REHEARSED_STEPS and sum(micro) + sum(wait) < REHEARSED_SECONDS:
+        held.append(next(stream))
+        wait.append(held[-1].wait)
+        micro.append(_timed(job, lambda: micro_step(job, held[-1], len(held) - 1)))
+    _timed(job, state.optimizer.step)
+    update = _timed(job, state.optimizer.step)
+    if state.ema is not None:
+        update += _timed(job, lambda: state.ema.update_parameters(state.model))  # type: ignore[union-attr]
+    picture = _timed(job, lambda: _evaluate(job, held[-1])) / len(held[-1].images)
+    state.model.load_state_dict(weights)
+    if state.ema is not None and average is not None:
+        state.ema.load_state_dict(average)
+    state.optimizer.state.clear()
+    state.optimizer.zero_grad(set_to_none=True)
+    measured = job.ranks.agree(Rehearsal(float(np.median(micro)), float(np.median(wait)), update, picture))
+    synchronise(device)
+    return measured, hand_out(held, stream)
+
+
+def hand_out(held: list[Batch], stream: Iterator[Batch]) -> Generator[Batch]:
+    """The batches held back, then the stream; closing it closes the stream."""
+    yield from held
+    held.clear()
+    yield from stream
+
+
+def _timed(job: Job, work: Callable[[], object]) -> float:
+    synchronise(job.ranks.device)
+    start = time.perf_counter()
+    work()
+    synchronise(job.ranks.device)
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def _evaluate(job: Job, batch: Batch) -> None:
+    device, model = job.ranks.device, job.state.model
+    model.eval()
+    with autocast(device, job.config.precision):
+        model(job.inputs.normalise(batch.images.to(device)))
+    model.train()
+
+
+def steps_within(job: Job, rehearsal: Rehearsal, seconds: float) -> int:
+    """How many optimiser steps, with their evaluations, fit into a time; at least one."""
+    every = job.evaluation_steps
+    judged, final = (len(dataset or ()) / job.ranks.world for dataset in (job.data.val, job.data.test or job.data.val))
+    left = seconds - final * rehearsal.picture
+    return max(math.floor(left / (rehearsal.step(job.config.accumulate) + judged * rehearsal.picture / every)), 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The figures of a run before it starts; sizes are bytes, times seconds, FLOPs those of one picture forward."""
+
+    lines: tuple[str, ...]
+    flops: int
+    memory: Memory
+    peak: float  # FLOP/s of matrix products on this device, in this precision
+    seconds: float
+
+    def utilisation(self, pictures_per_second: float, world: int = 1) -> float:
+        """Model FLOP utilisation: three forward passes' FLOPs a picture, against the measured peak of `world` devices."""
+        return 3 * self.flops * pictures_per_second / (self.peak * world)
+
+
+def make_plan(job: Job, rehearsal: Rehearsal | None) -> Plan:
+    """Count, forecast and put into words; times only after a rehearsal."""
+    c, model, total = job.config, job.state.model, job.state.progress.total
+    shape = (model.config.in_channels, *model.config.image_size)
+    flops = count_flops(model, shape)
+    memory = forecast_memory(
+        model, job.micro_batch, shape=shape, precision=c.precision, optimizer=c.optim.optimizer, ema=bool(c.optim.ema)
+    )
+    peak = matmul_peak(job.ranks.device, c.precision)
+    seconds = math.nan
+    rows = [
+        ("data", _describe_data(job.data)),
+        ("classes", _describe_classes(job.loader.dataset)),
+        ("input", _describe_input(job)),
+        ("model", f"{model.name or model.family}, {count_parameters(model) / 1e6:.3g} M parameters, "
+                  f"{flops / 2e9:.3g} GMACs ({flops / 1e9:.3g} GFLOPs) a picture"),
+        ("batch", _describe_batch(job)),
+        ("lr", _describe_lr(job)),
+        ("length", f"{total:,} steps, {total / job.loader.steps_per_epoch:.4g} epochs of {job.loader.steps_per_epoch:,}; "
+                   f"evaluated every {job.evaluation_steps:,}"),
+        ("machine", f"{job.ranks.device} ({c.precision}), matrix products measured at {peak / 1e12:.3g} TFLOP/s, "
+                    f"{job.loader.workers} loader processes"),
+        ("memory", f"about {_size(memory.total)}: weights {_size(memory.parameters)}, gradients {_size(memory.gradients)}, "
+                   f"optimiser {_size(memory.optimiser + memory.averaged)}, activations {_size(memory.activations)}"),
+    ]  # fmt: skip
+    if rehearsal is not None:
+        step = rehearsal.step(c.accumulate)
+        seconds = total * step + total / job.evaluation_steps * len(job.data.val or ()) / job.ranks.world * rehearsal.picture
+        rows.append(("time", f"about {duration(seconds)}: {1000 * step:.3g} ms a step, {c.batch_size / step:,.0f} images/s"))
+    rows += [("note", note) for note in job.notes]
+    return Plan(tuple(f"{name:<9}{text}" for name, text in rows), flops, memory, peak, seconds)
+
+
+def _describe_data(data: Data) -> str:
+    counts = ", ".join(f"{len(dataset):,} {name}" for name, dataset in data.splits().items())
+    return f"{data.name}: {counts}" + ("" if data.val is not None else "; nothing to validate on")
+
+
+def _describe_classes(dataset: ImageDataset) -> str:
+    counts = dataset.class_counts()
+    if len(counts) <= NAMED_CLASSES:
+        named = ", ".join(f"{name} {count:,}" for name, count in zip(dataset.classes, counts, strict=True))
+    else:
+        named = f"{counts.min():,} to {counts.max():,} training samples each"
+    return f"{len(counts)}{' labels, several a picture' if dataset.multi_label else ''} ({named})"
+
+
+def _describe_input(job: Job) -> str:
+    p = job.card.preprocess
+    assert p is not None
+    sizes = job.loader.dataset.sizes()
+    seen = f"; pictures of about {np.median(sizes[:, 0]):.0f} x {np.median(sizes[:, 1]):.0f}" if len(sizes) else ""
+    return f"{p.image_size[0]} x {p.image_size[1]} pixels, {p.channels} channels, fit {p.fit}{seen}"
+
+
+def _describe_batch(job: Job) -> str:
+    c, world = job.config, job.ranks.world
+    if c.accumulate * world == 1:
+        return f"{c.batch_size}"
+    processes = f" x {world} processes" if world > 1 else ""
+    return f"{c.batch_size} = {job.micro_batch} x {c.accumulate} micro-steps{processes}"
+
+
+def _describe_lr(job: Job) -> str:
+    c, optim = job.config, job.config.optim
+    scaled = f" ({optim.lr:g} x {c.batch_size} / {optim.lr_batch})" if optim.lr_batch else ""
+    return f"{job.peak_lr:.4g}{scaled}, {optim.optimizer}, {c.schedule.schedule} after {job.warmup:,} steps of warm-up"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.0f} MiB"

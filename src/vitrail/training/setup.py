@@ -1,0 +1,269 @@
+"""From settings to everything a run needs: `resolve` the settings, `prepare` the parts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+
+from vitrail.checkpoints import load_checkpoint_card, load_model
+from vitrail.config import ConfigError, ModelCard, Preprocess, RunConfig, flat, load, replace_dotted, replace_flat, unknown
+from vitrail.cost import memory_format, pick_precision
+from vitrail.data import Data, TrainLoader, open_data
+from vitrail.data.embedded import NAMES as EMBEDDED
+from vitrail.models import MODELS, Model, build
+
+from . import schedule
+from .distributed import Ranks
+from .evaluators import Evaluator, SplitEvaluator
+from .inputs import Inputs
+from .objectives import Objective, build_objective, sampler_weights
+from .optim import build_ema, build_optimizer, scaled_lr
+from .preset import choose
+from .state import MODEL, Progress, TrainState, newest_checkpoint
+
+CONFIG = "config.yaml"
+# What may differ when a run is resumed: none of these changes its result.
+FREE = frozenset({
+    "data", "out", "device", "workers", "save_every_steps", "save_every_minutes", "keep_last", "max_nonfinite", "report",
+    "tensorboard",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for: the settings, which of them explicitly, the data if it is an object, and whether to resume."""
+
+    config: RunConfig
+    explicit: frozenset[str]
+    path: Path
+    source: Any  # a path, the name of an embedded set, or a Python collection
+    checkpoint: Path | None = None  # to go on from
+    resumed: bool = False
+
+
+def resolve(config: RunConfig | None, data: Any, settings: Mapping[str, Any], resume: bool | str | Path) -> Request:
+    """The settings of a new or resumed run; nothing is opened yet.
+
+    `settings` are fields of any section by their own name. resume: the directory of a run, or True for "go on if the run's
+    directory holds one, else start". Raises ConfigError for unknown settings, a missing run, a directory that already holds
+    a run when `resume` is off, and changed settings of a resumed run.
+    """
+    named = {**settings, **({"data": str(data)} if isinstance(data, (str, Path)) else {})}
+    given = replace_flat(config or RunConfig(), named)
+    if given.data and given.data not in EMBEDDED:
+        given = dataclasses.replace(given, data=str(Path(given.data).expanduser().absolute()))
+    collection = None if isinstance(data, (str, Path)) else data
+    defaults = flat(RunConfig())
+    explicit = frozenset(named) | {name for name, value in flat(given).items() if value != defaults[name]}
+    if isinstance(resume, (str, Path)):
+        path = Path(resume)
+        if not (path / CONFIG).exists():
+            raise ConfigError(f"{path} holds no run to resume (no {CONFIG} in it)")
+    else:
+        path = Path(given.out or Path("runs") / f"{_data_name(given.data, collection)}-{given.model}")
+    if not (path / CONFIG).exists():
+        if collection is None and not given.data:
+            raise ConfigError("no data was named: give a folder, a table, tar shards, or digits or emoji (embedded)")
+        given = dataclasses.replace(given, out=str(path))
+        return Request(given, explicit, path, given.data if collection is None else collection)
+    if not resume:
+        raise ConfigError(
+            f"{path} already holds a run ({_how_far(path)}); go on with it: vitrail train --resume {path} "
+            f'(resume="{path}" from Python), or name another directory: --out'
+        )
+    stored = load(RunConfig, path / CONFIG)
+    _refuse_changes(stored, given, explicit, path)
+    changed = {name: value for name, value in flat(given).items() if name in explicit & FREE}
+    stored = replace_flat(stored, {**changed, "out": str(path)})
+    if collection is None and not stored.data:
+        raise ConfigError(f"{path} was trained on a Python collection; hand it over again as data to resume")
+    source = stored.data if collection is None else collection
+    return Request(stored, explicit, path, source, newest_checkpoint(path), resumed=True)
+
+
+def _data_name(path: str, collection: Any) -> str:
+    return Path(path).name.split(".")[0] if collection is None else type(collection).__name__.lower()
+
+
+def _how_far(path: Path) -> str:
+    newest = newest_checkpoint(path)
+    return f"saved at step {int(newest.name.removeprefix('step-')):,}" if newest else "nothing saved yet"
+
+
+def _refuse_changes(stored: RunConfig, given: RunConfig, explicit: frozenset[str], path: Path) -> None:
+    before, now = flat(stored), flat(given)
+    changed = [name for name in sorted(explicit - FREE) if now[name] not in (before[name], "auto")]
+    if changed:
+        listed = ", ".join(f"{name} ({before[name]} there, {now[name]} asked for)" for name in changed)
+        raise ConfigError(
+            f"a resumed run keeps its settings, but these differ in {path}: {listed}; "
+            "start another run with --out, from these weights with --init-from"
+        )
+
+
+@dataclass
+class Job:
+    """Everything a run works with. `runner` is the model as it is called: compiled, its gradients averaged over processes."""
+
+    config: RunConfig
+    path: Path
+    ranks: Ranks
+    data: Data
+    card: ModelCard
+    state: TrainState
+    runner: nn.Module
+    inputs: Inputs
+    objective: Objective
+    evaluators: Sequence[Evaluator]
+    loader: TrainLoader
+    notes: tuple[str, ...]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for group in self.state.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after scaling to the total batch."""
+        return scaled_lr(self.config.optim, self.config.batch_size)
+
+    @property
+    def warmup(self) -> int:
+        """Steps of linear warm-up."""
+        return schedule.warmup_steps(self.config.schedule, self.loader.steps_per_epoch, self.state.progress.total)
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Optimiser steps between evaluations."""
+        return max(round(self.config.eval_every * self.loader.steps_per_epoch), 1)
+
+    @property
+    def record_steps(self) -> int:
+        """Optimiser steps between train records."""
+        return max(min(self.loader.steps_per_epoch // 10, 50), 1)
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with fraction."""
+        return self.state.progress.step / self.loader.steps_per_epoch
+
+    @property
+    def micro_batch(self) -> int:
+        """Pictures that one process sees at a time."""
+        return self.config.batch_size // (self.config.accumulate * self.ranks.world)
+
+    def split_evaluator(self, split: str) -> SplitEvaluator | None:
+        """The evaluator of val or test, None where there is no such split."""
+        dataset = getattr(self.data, split)
+        if dataset is None:
+            return None
+        assert self.card.preprocess is not None
+        c, workers = self.config, self.config.data_config.workers
+        return SplitEvaluator(dataset, self.card.preprocess, self.ranks, c.precision, 2 * self.micro_batch, workers)
+
+
+def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluators: Sequence[Evaluator]) -> Job:
+    """Open the data, build the model and all that trains it; the job stands at step 0 or at the request's checkpoint.
+
+    Raises ConfigError (a ValueError) for whatever of the settings, data or weights cannot be used.
+    """
+    config = request.config
+    classes = None
+    if request.checkpoint is not None:
+        card = load_checkpoint_card(request.checkpoint / MODEL)[1]
+        classes = card.classes if card else None
+    data = open_data(request.source, config.data_config, classes)
+    if data.train is None:
+        raise ConfigError(f"{data.name} has no training samples (splits: {', '.join(data.splits()) or 'none'})")
+    notes = data.notes
+    if config.preset == "auto" and not request.resumed:
+        config, reasons = choose(config, request.explicit, data, ranks.device)
+        notes += reasons
+    torch.manual_seed(config.seed)
+    model = _build_model(config, data)
+    preprocess = _preprocess(config, model)
+    card = _card(config, model, data, preprocess)
+    precision = pick_precision(config.precision, ranks.device)
+    model.to(ranks.device).set_checkpointing(config.checkpointing)
+    layout = memory_format(model, training=True, precision=precision)
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    config = replace_flat(config, {"preset": "none", "device": ranks.device.type, "precision": precision})
+    loader = TrainLoader(
+        data.train, preprocess=preprocess, augment=config.augment, batch_size=config.batch_size,
+        accumulate=config.accumulate, seed=config.seed, rank=ranks.rank, world=ranks.world,
+        workers=config.data_config.workers, mode="exact" if config.data_config.decode == "exact" else "scaled",
+        weights=sampler_weights(config.objective, data.train),
+    )  # fmt: skip
+    state = TrainState(
+        model=model,
+        optimizer=build_optimizer(model, config.optim, ranks.device),
+        ema=build_ema(model, config.optim.ema) if config.optim.ema else None,
+        scaler=GradScaler(ranks.device.type, enabled=config.precision == "fp16"),
+        progress=Progress(total=schedule.total_steps(config.schedule, loader.steps_per_epoch)),
+    )
+    replica = ranks.wrap(model)
+    job = Job(
+        config=config,
+        path=request.path,
+        ranks=ranks,
+        data=data,
+        card=card,
+        state=state,
+        runner=torch.compile(replica) if config.compile else replica,  # type: ignore[arg-type]
+        inputs=Inputs(preprocess, config.augment, len(data.classes), config.seed, layout).to(ranks.device),
+        objective=objective or build_objective(config.objective, data.train).to(ranks.device),
+        evaluators=evaluators,
+        loader=loader,
+        notes=notes,
+    )
+    if not evaluators and (validation := job.split_evaluator("val")) is not None:
+        job.evaluators = [validation]
+    return job
+
+
+def _build_model(config: RunConfig, data: Data) -> Model:
+    changes: dict[str, Any] = {**config.overrides, "num_classes": len(data.classes)}
+    if config.input.image_size is not None:
+        changes["image_size"] = config.input.image_size
+    if config.input.channels is not None:
+        changes["in_channels"] = config.input.channels
+    if config.init_from:
+        model = load_model(config.init_from, **changes)
+        if model.card is None or model.card.classes != data.classes:
+            model.reset_head(len(data.classes))
+        return model
+    if config.model not in MODELS:
+        raise unknown("model", config.model, MODELS)
+    return build(replace_dotted(MODELS[config.model], changes), config.model)
+
+
+def _preprocess(config: RunConfig, model: Model) -> Preprocess:
+    """The user's wishes over those of the weights."""
+    base = (model.card.preprocess if model.card else None) or Preprocess()
+    if len(base.mean) not in (1, model.config.in_channels):  # weights of another number of channels
+        base = dataclasses.replace(base, mean=(fmean(base.mean),), std=(fmean(base.std),))
+    wishes = {f.name: getattr(config.input, f.name) for f in dataclasses.fields(config.input)}
+    wishes |= {"image_size": tuple(model.config.image_size), "channels": model.config.in_channels}
+    return dataclasses.replace(base, **{name: value for name, value in wishes.items() if value is not None})
+
+
+def _card(config: RunConfig, model: Model, data: Data, preprocess: Preprocess) -> ModelCard:
+    before = model.card or ModelCard()
+    origin = (*before.provenance, f"from {config.init_from}") if config.init_from else ("random weights",)
+    return ModelCard(
+        name=model.name or before.name,
+        classes=data.classes,
+        multi_label=data.multi_label,
+        preprocess=preprocess,
+        licence=before.licence,
+        provenance=(*origin, f"trained by vitrail on {data.name}, seed {config.seed}"),
+    )
