@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,7 +21,7 @@ from vitrail.data.workers import available_cores
 
 T = TypeVar("T")
 MEMORY_LIMIT = 256 << 20  # bytes of decoded pictures kept for one data set
-_PIECE = 256  # pictures in flight while decoding
+_AHEAD = 8  # pictures in flight for each core
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,12 @@ def for_each(work: Callable[[int], T], number: int) -> Iterator[T | Exception]:
         except (OSError, ValueError) as problem:
             return problem
 
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for start in range(0, number, _PIECE):
-            yield from pool.map(guarded, range(start, min(start + _PIECE, number)))
+    cores = available_cores()
+    with ThreadPoolExecutor(cores) as pool:
+        ahead: deque[Future[T | Exception]] = deque()
+        for index in range(number):
+            ahead.append(pool.submit(guarded, index))
+            if len(ahead) > _AHEAD * cores:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

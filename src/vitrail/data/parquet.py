@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class ParquetStore(Store):
         """What a user should know about speed."""
         if self.in_memory:
             return ()
-        rows = max(stop - start for start, stop in zip(self.starts, self.starts[1:], strict=False))
+        rows = max(stop - start for start, stop in pairwise(self.starts))
         return (
             f"{Path(self.path).name}: {sum(self.sizes) / 2**30:.1f} GiB of pictures in row groups of up to {rows:,}; "
             "reading them in random order is slow, packing the data set once makes it fast",

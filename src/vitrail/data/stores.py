@@ -189,7 +189,7 @@ def as_picture(value: Any) -> Picture:
     if isinstance(value, dict) and ("bytes" in value or "path" in value):
         return as_picture(value.get("bytes") or value.get("path"))
     if isinstance(value, np.ndarray):
-        pixels = torch.from_numpy(np.ascontiguousarray(to_uint8(value)))
+        pixels = torch.from_numpy(np.require(to_uint8(value), requirements=["C", "W"]))
         pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels
     elif isinstance(value, Tensor):
         pixels = torch.from_numpy(to_uint8(value.detach().cpu().numpy()))
