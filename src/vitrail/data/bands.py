@@ -40,7 +40,7 @@ def to_uint8(array: np.ndarray) -> UInt8[np.ndarray, "..."]:
 def bands_size(data: bytes, channels: int) -> tuple[int, int]:
     """(height, width) of a `.npy` file or a TIFF, from its header. Raises ValueError."""
     if data.startswith(_NPY):
-        shape = _npy_header(data)[0]
+        shape, _, _ = _npy_header(data)
     else:
         with _open_tiff(data) as file:
             shape = tuple(file.series[0].shape)
@@ -55,9 +55,10 @@ def read_bands(data: bytes, channels: int) -> UInt8[np.ndarray, "h w c"]:
     Raises ValueError when it is damaged or no picture.
     """
     if data.startswith(_NPY):
-        shape, dtype = _npy_header(data)
-        if np.prod(shape, dtype=object) * dtype.itemsize > len(data):  # before memory is reserved for what the header claims
-            raise ValueError(f"truncated: {shape} values of {dtype} do not fit into {len(data):,} bytes")
+        shape, dtype, length = _npy_header(data)
+        # Before memory is reserved for what the header claims.
+        if np.prod(shape, dtype=object) * dtype.itemsize > len(data) - length:
+            raise ValueError(f"truncated: {shape} values of {dtype} do not fit into {len(data) - length:,} bytes")
         array = np.load(io.BytesIO(data), allow_pickle=False)
     else:
         with _open_tiff(data) as file:
@@ -77,7 +78,8 @@ def _open_tiff(data: bytes) -> TiffFile:
     return TiffFile(io.BytesIO(data))
 
 
-def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
+def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, type of the values, and where they begin."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version not in _NPY_HEADERS:
@@ -85,7 +87,7 @@ def _npy_header(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
     shape, _, dtype = _NPY_HEADERS[version](file)
     if dtype.hasobject:
         raise ValueError("values of type object are no pixels")
-    return shape, dtype
+    return shape, dtype, file.tell()
 
 
 def _channel_axis(shape: tuple[int, ...], channels: int) -> int | None:

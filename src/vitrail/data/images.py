@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import simplejpeg
@@ -43,7 +43,7 @@ _MAGIC = {
     b"II+\0": "TIFF",
     b"MM\0+": "TIFF",
     b"BM": "BMP",
-    b"\x93NUMPY": "npy",
+    b"\x93NUMPY": "NumPy",
 }
 
 
@@ -51,6 +51,7 @@ class ImageError(ValueError):
     """Data that is no readable picture, or too large a one; the message is the plain reason."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """A picture whose header has been read and whose pixels have not."""
 
@@ -71,6 +72,7 @@ class OpenImage:
     """A picture opened by `open_image`: its size is known, its pixels are decoded on demand."""
 
     source: Source
+    data: ImageData
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,7 +91,7 @@ class OpenImage:
         scale: the fraction of the full size that is enough; a JPEG is then decoded at 1/2, 1/4 or 1/8 if that suffices,
         and with simple chroma upsampling. None decodes exactly. Raises ImageError when the data is damaged.
         """
-        with _plain_reasons(getattr(self.source, "data", None)):
+        with _plain_reasons(self.data):
             return self.source.decode(scale)
 
 
@@ -131,7 +133,7 @@ def open_image(data: ImageData, *, channels: int = 3, max_pixels: int = MAX_PIXE
     with _plain_reasons(data):
         source = _open(data, channels)
     _check_pixels(source.stored_size, max_pixels)
-    return OpenImage(source)
+    return OpenImage(source, data)
 
 
 def read_file(path: str | os.PathLike) -> bytes:
@@ -155,7 +157,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def orient(pixels: Pixels, orientation: int) -> Pixels:
+def orient(pixels: Pixels, orientation: int) -> UInt8[np.ndarray, "H W c"]:
     """Stored pixels turned and mirrored to what EXIF orientation 1 to 8 shows (Exif 2.32, tag 0x0112)."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
@@ -262,7 +264,7 @@ def _open(data: bytes | Tensor | Image.Image, channels: int) -> Source:
     kind = _format(data)
     if kind == "JPEG" and channels in _JPEG_COLOURS and (jpeg := _open_jpeg(data, channels)):
         return jpeg
-    if kind == "npy":
+    if kind == "NumPy":
         return BandsSource(data, channels, bands_size(data, channels))
     try:
         image = open_pillow(data)

@@ -18,42 +18,46 @@ from vitrail.data.bands import to_uint8
 
 CONVERTIBLE = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's mode
 
-# Without those that start programs (EPS), play films or have no signature to know them by.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "ICO", "JPEG2000", "AVIF", "QOI", "PCX", "SGI")
+# Without those that start programs (EPS), play films, hold pictures of other sizes than they state (ICO), or are unknown to
+# their first bytes.
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF", "QOI", "PCX", "SGI")
 _ORIENTATION = 0x0112
 
 for _name in ("PIL", "tifffile"):  # a broken file is reported by the exception; without a handler these would print as well
     logging.getLogger(_name).addHandler(logging.NullHandler())
 
 
-class _Silence:
-    """How many threads are inside `quiet`, and the filters to restore when the last one leaves.
+class _Quiet:
+    """How many threads are inside `quiet`, and what the last one to leave puts back.
 
-    `warnings.catch_warnings` alone is not safe here: the filters belong to the process, and two overlapping threads would
-    restore them in the wrong order.
+    `warnings.catch_warnings` alone is not safe: the filters belong to the process, and two overlapping threads would put
+    them back in the wrong order.
     """
 
     lock = threading.Lock()
     depth = 0
-    saved = warnings.catch_warnings()
+    filters = warnings.catch_warnings()
+    limit = Image.MAX_IMAGE_PIXELS
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No Python warnings while Pillow works: what is wrong with a file is said by an exception or does not matter."""
-    with _Silence.lock:
-        _Silence.depth += 1
-        if _Silence.depth == 1:
-            _Silence.saved = warnings.catch_warnings()
-            _Silence.saved.__enter__()
+    """Pillow without warnings (an exception says what is wrong) and without its own limit of pixels (ours is checked)."""
+    with _Quiet.lock:
+        _Quiet.depth += 1
+        if _Quiet.depth == 1:
+            _Quiet.filters = warnings.catch_warnings()
+            _Quiet.filters.__enter__()
             warnings.simplefilter("ignore")
+            _Quiet.limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
     finally:
-        with _Silence.lock:
-            _Silence.depth -= 1
-            if _Silence.depth == 0:
-                _Silence.saved.__exit__(None, None, None)
+        with _Quiet.lock:
+            _Quiet.depth -= 1
+            if _Quiet.depth == 0:
+                Image.MAX_IMAGE_PIXELS = _Quiet.limit
+                _Quiet.filters.__exit__(None, None, None)
 
 
 @cache
@@ -91,7 +95,7 @@ def exif_orientation(block: bytes) -> int:
 
 
 def _valid(exif: Image.Exif) -> int:
-    orientation = exif.get(_ORIENTATION)
+    orientation = exif.get(_ORIENTATION, 1)
     return int(orientation) if orientation in range(1, 9) else 1
 
 

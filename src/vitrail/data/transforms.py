@@ -179,7 +179,7 @@ def _as_stored(box: Box, image: OpenImage) -> Box:
     return Box(left, top, width, height) if image.orientation >= 5 else Box(top, left, height, width)
 
 
-def _cut(pixels: Pixels, box: Box) -> UInt8[Tensor, "1 c h w"]:
+def _cut(pixels: Pixels, box: Box) -> UInt8[Tensor, "1 c H W"]:
     part = np.require(pixels[box.top : box.top + box.height, box.left : box.left + box.width], requirements=["C", "W"])
     return _channels_last(torch.from_numpy(part).permute(2, 0, 1))
 
