@@ -21,7 +21,8 @@ def console() -> Console:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "", right: Iterable[str] = ()) -> None:
     """Print rows under headings; columns named in `right` are aligned to the right."""
-    made = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    heading(title)
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
         made.add_column(name, justify="right" if name in set(right) else "left", overflow="fold")
     for row in rows:
@@ -29,10 +30,27 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = ""
     console().print(made)
 
 
+def tables(found: Iterable[Any]) -> None:
+    """Print tables that have a title, columns and rows."""
+    for each in found:
+        table(each.columns, each.rows, title=each.title)
+
+
+def notes(lines: Iterable[str]) -> None:
+    """Print one remark per line."""
+    for line in lines:
+        print(f"note: {line}")
+
+
+def heading(text: str) -> None:
+    """Print a title, bold on a terminal; nothing for ""."""
+    if text:
+        console().print(text, style="bold")
+
+
 def pairs(values: Mapping[str, Any], title: str = "") -> None:
     """Print names and values in two columns, then an empty line."""
-    if title:
-        console().print(f"[bold]{title}[/bold]", markup=True)
+    heading(title)
     width = max(map(len, values), default=0)
     for name, value in values.items():
         print(f"  {name:<{width}}  {number(value)}")

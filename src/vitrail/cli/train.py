@@ -18,7 +18,9 @@ from vitrail.config import (
     RunConfig,
     flat,
     load,
+    unknown,
 )
+from vitrail.recipes import RECIPES
 
 EXAMPLES = """\
 vitrail train digits --recipe digits                                  the embedded set and its own settings
@@ -36,7 +38,7 @@ class Arguments(RunConfig):
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = ""
     """A folder of class folders, a table, tar shards, an Arrow data set, or an embedded set: digits, emoji."""
-    recipe: str = ""  # start from the settings of a recipe
+    recipe: str = ""  # start from the settings of a measured recipe, such as digits
     config: str = ""  # start from the settings in a YAML or JSON file, such as a run's config.yaml
     resume: str = ""  # go on with the run in this directory; its own settings hold
     overrides: Annotated[Mapping[str, Any], tyro.conf.arg(name="set")] = field(default_factory=dict)
@@ -71,7 +73,11 @@ def starting_point(words: Sequence[str]) -> RunConfig:
         raise ConfigError("--recipe and --config both name settings to start from; give one of them")
     if start.config:
         return load(RunConfig, start.config)
-    return find_recipe(start.recipe)() if start.recipe else RunConfig()
+    if not start.recipe:
+        return RunConfig()
+    if start.recipe not in RECIPES:
+        raise unknown("recipe", start.recipe, RECIPES)
+    return RECIPES[start.recipe]()
 
 
 def explicit(words: Sequence[str], arguments: Arguments, base: RunConfig) -> dict[str, Any]:
