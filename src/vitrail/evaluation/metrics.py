@@ -52,7 +52,7 @@ class Report:
 
     metrics: n, top1, top5, balanced_accuracy, macro_f1, nll, ece; multi-label: n, map, micro_f1, macro_f1, nll, ece.
     `<name>_low` and `<name>_high` bound a 95 % bootstrap interval over samples. Rates are fractions, nll is in nats.
-    confusion: (k, k) counts, rows are the truth and columns the answers; multi-label: (k, 2, 2) per label, [truth][answer].
+    confusion: (k, k) counts, rows are the truth and columns the answers; multi-label: (k, 2, 2) per label, `[truth][answer]`.
     """
 
     metrics: dict[str, float]
