@@ -232,8 +232,10 @@ def _hf_card(config: ViTConfig, files: Files) -> ModelCard:
 
 
 def _hf_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
-    _plain(config, "transformers", registers=0, class_token=True, pool="cls", qk_norm=False, stem_norm=False,
-           layer_scale=None, norm_after_pool=False, position=dataclasses.replace(config.position, kind="1d", prefix=True))  # fmt: skip
+    _plain(
+        config, "transformers", registers=0, class_token=True, pool="cls", qk_norm=False, stem_norm=False, layer_scale=None,
+        norm_after_pool=False, position=dataclasses.replace(config.position, kind="1d", prefix=True),
+    )  # fmt: skip
     square = config.patch[0] == config.patch[1] and config.image_size[0] == config.image_size[1]
     settings = {
         "architectures": ["ViTForImageClassification"], "model_type": "vit", "hidden_size": config.width,

@@ -41,7 +41,8 @@ def create_model(
     """A registered model with random weights.
 
     `overrides` are fields of the family's config (`depth=6`, `drop_path=0.1`, `position=PositionConfig(kind="2d")`, or
-    dotted in a dictionary: `**{"position.kind": "2d"}`). Raises ValueError for an unknown model or field, naming the nearest ones.
+    dotted in a dictionary: `**{"position.kind": "2d"}`). Raises ValueError for an unknown model or
+    field, naming the nearest ones.
     """
     if name not in MODELS:
         raise ValueError(_unknown("model", name, MODELS))

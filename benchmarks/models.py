@@ -1,0 +1,327 @@
+"""Models side by side with timm, torchvision and transformers: `python -m benchmarks.models [--only vit_tiny] [--list]`.
+
+A cell is (model, task, precision, mode). Both sides carry the same weights, read through our own checkpoint tables, and use
+the same threads, batch, memory format, autocast, loss, optimiser class and flags. Before timing, logits (and gradients, when training) are
+compared in float64: the row is void unless our error is at most 1.5 times the peer's. Then steps of both sides alternate;
+what is reported is the median of the pairwise ratios peer / ours with its 95 % bootstrap interval (above 1: ours is faster),
+against each peer. A cell passes when the upper end of the interval against the fastest peer is at least 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.results import bootstrap_interval, machine, merge
+from vitrail.checkpoints.mapping import write
+from vitrail.checkpoints.store import SOURCES, load_model
+from vitrail.cost import count_flops, matmul_peak, memory_format
+from vitrail.models import MODELS, Model, create_model
+
+BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8}
+TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
+ERROR_LIMIT = 1.5
+
+
+@dataclass
+class Side:
+    """One contestant: the model, how to call it for logits, and its own steps."""
+
+    name: str
+    model: nn.Module
+    logits: Callable[[Tensor], Tensor]
+
+
+def ours(name: str) -> Side:
+    """Our model with seeded random weights of a realistic scale, the head included."""
+    torch.manual_seed(0)
+    model = create_model(name)
+    for parameter in model.head.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    for name, module in model.named_modules():  # small last gains, as in trained networks: else rounding errors explode
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.1, 0.3) if "conv3" in name else nn.init.uniform_(module.weight, 0.5, 1.0)
+    return Side("vitrail", model, model)
+
+
+def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
+    """Builders of every peer that has this model, loaded strictly with our weights."""
+    if model.family == "resnet":
+        return {"torchvision": lambda: _torchvision_resnet(name, model), "timm": lambda: _timm(name, model)}
+    return {
+        "timm": lambda: _timm(name, model),
+        "torchvision": lambda: _torchvision_vit(model),
+        "transformers": lambda: _transformers_vit(model),
+    }
+
+
+def translate(model: Model, project: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under our parameter names (weights or gradients) in a project's naming."""
+    source = next(s for s in SOURCES if s.name == project and s.family == model.family)
+    return write(source.rules(model.config), tensors)
+
+
+def _timm(name: str, model: Model) -> Side:
+    import timm
+
+    peer = timm.create_model(name)
+    peer.load_state_dict(translate(model, "timm", model.state_dict()))
+    return Side("timm", peer, peer)
+
+
+def _torchvision_resnet(name: str, model: Model) -> Side:
+    import torchvision
+
+    peer = torchvision.models.get_model(name)
+    peer.load_state_dict(translate(model, "torchvision", model.state_dict()))
+    return Side("torchvision", peer, peer)
+
+
+def _torchvision_vit(model: Model) -> Side:
+    import torchvision
+
+    c = model.config
+    peer = torchvision.models.VisionTransformer(c.image_size[0], c.patch[0], c.depth, c.heads, c.width, c.mlp_dim)
+    peer.load_state_dict(translate(model, "torchvision", model.state_dict()))
+    return Side("torchvision", peer, peer)
+
+
+def _transformers_vit(model: Model) -> Side:
+    import transformers
+
+    c = model.config
+    settings = transformers.ViTConfig(
+        hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.mlp_dim,
+        image_size=c.image_size[0], patch_size=c.patch[0], num_labels=c.num_classes, layer_norm_eps=c.norm_eps,
+    )  # fmt: skip
+    state = translate(model, "transformers", model.state_dict())
+    peer = transformers.ViTForImageClassification.from_pretrained(None, config=settings, state_dict=state)
+    return Side("transformers", peer, lambda x: peer(pixel_values=x).logits)
+
+
+def autocast(precision: str, device: str) -> torch.autocast:
+    """The same autocast for both sides."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def make_step(side: Side, task: str, precision: str, mode: str, x: Tensor, y: Tensor) -> Callable[[], None]:
+    """A step as a user would run it: logits under inference mode, or forward, backward and AdamW."""
+    device = x.device.type
+    layout = memory_format(side.model, task == "train", precision)
+    side.model.to(memory_format=layout)  # type: ignore[call-overload]
+    x = x.contiguous(memory_format=layout)
+    forward = torch.compile(side.logits, fullgraph=True) if mode == "compiled" else side.logits
+    if task == "infer":
+        side.model.eval()
+
+        def infer() -> None:
+            with torch.inference_mode(), autocast(precision, device):
+                forward(x)
+
+        return infer
+    side.model.train()
+    optimiser = torch.optim.AdamW(side.model.parameters(), lr=1e-6, fused=True)
+
+    def train() -> None:
+        with autocast(precision, device):
+            loss = F.cross_entropy(forward(x), y)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+
+    return train
+
+
+def errors(side: Side, task: str, precision: str, x: Tensor, y: Tensor, exact: tuple[Tensor, Tensor | None], flat: Any) -> float:
+    """Largest relative error of logits, and of the gradient as a whole, against float64."""
+    side.model.train(task == "train").to(memory_format=memory_format(side.model, task == "train", precision))  # type: ignore[call-overload]
+    side.model.zero_grad(set_to_none=True)
+    with torch.set_grad_enabled(task == "train"), autocast(precision, x.device.type):
+        logits = side.logits(x)
+        loss = F.cross_entropy(logits, y)
+    found = float((logits.detach().double() - exact[0]).norm() / exact[0].norm())
+    if task == "train":
+        loss.backward()
+        gradient = flat(side).double()
+        found = max(found, float((gradient - exact[1]).norm() / exact[1].norm()))
+        side.model.zero_grad(set_to_none=True)
+    return found
+
+
+def flat_gradient(model: Model) -> Callable[[Side], Tensor]:
+    """Gradients of either side as one vector in the same order: ours are translated into the peer's naming."""
+
+    def flatten(side: Side) -> Tensor:
+        grads = {n: p.grad for n, p in side.model.named_parameters() if p.grad is not None}
+        if side.name == "vitrail":
+            grads = translate(model, "timm", grads)
+        elif side.name == "transformers":
+            state = load_model({_file_name(n): g for n, g in grads.items()}, quiet=True, heads=model.config.heads).state_dict()
+            grads = translate(model, "timm", {n: t for n, t in state.items() if n in dict(model.named_parameters())})
+        elif side.name == "torchvision":
+            state = load_model(grads, quiet=True, heads=getattr(model.config, "heads", 1)).state_dict() if model.family == "vit" else None
+            grads = translate(model, "timm", state) if state is not None else grads
+        return torch.cat([grads[n].flatten() for n in sorted(grads)])
+
+    return flatten
+
+
+def _file_name(name: str) -> str:
+    """transformers 5 names modules unlike files: parameters of a module under their published names."""
+    for inside, published in (
+        ("vit.layers.", "vit.encoder.layer."), ("attention.q_proj.", "attention.attention.query."),
+        ("attention.k_proj.", "attention.attention.key."), ("attention.v_proj.", "attention.attention.value."),
+        ("attention.o_proj.", "attention.output.dense."), ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."),
+    ):  # fmt: skip
+        name = name.replace(inside, published)
+    return name
+
+
+def exact_answer(side: Side, task: str, x: Tensor, y: Tensor, flat: Any) -> tuple[Tensor, Tensor | None]:
+    """Logits and gradient in float64."""
+    side.model.double().train(task == "train")
+    with torch.set_grad_enabled(task == "train"):
+        logits = side.logits(x.double())
+        gradient = None
+        if task == "train":
+            F.cross_entropy(logits, y).backward()
+            gradient = flat(side)
+            side.model.zero_grad(set_to_none=True)
+    side.model.float()
+    return logits.detach(), gradient
+
+
+def peak_memory(step: Callable[[], None], device: str) -> float:
+    """MiB that one step needs on top of what is held before it (resident memory on a CPU)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # give back what the allocator keeps, or the highest size tells nothing
+    Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident size so far
+    before = _status("VmRSS")
+    step()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return float(line.split()[1])
+
+
+def time_pairs(a: Callable[[], None], b: Callable[[], None], pairs: int, sync: Callable[[], None]) -> tuple[list[float], list[float]]:
+    """Seconds of `pairs` alternating steps of both sides; who starts alternates too."""
+    for step in (a, b, a, b):
+        step()
+    times: tuple[list[float], list[float]] = ([], [])
+    for i in range(pairs):
+        for which in ((0, 1), (1, 0))[i % 2]:
+            sync()
+            start = time.perf_counter()
+            (a, b)[which]()
+            sync()
+            times[which].append(time.perf_counter() - start)
+    return times
+
+
+def run_cell(name: str, task: str, precision: str, mode: str, pairs: int, device: str) -> dict[str, Any]:
+    """All peers of one cell."""
+    batch = BATCH[name]
+    torch.manual_seed(1)
+    size = MODELS[name].image_size
+    x, y = torch.randn(batch, 3, *size, device=device), torch.randint(1000, (batch,), device=device)
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    reference = ours(name)
+    flops = count_flops(reference.model) * batch * (3 if task == "train" else 1)
+    row: dict[str, Any] = {"batch": batch, "pairs": pairs, "peers": {}}
+    fastest = None
+    for peer_name, build in peers(name, reference.model).items():
+        torch._dynamo.reset()
+        mine = ours(name)
+        try:
+            other = build()
+        except Exception as problem:  # a peer that cannot be built or fails is shown, not counted
+            row["peers"][peer_name] = {"fails": f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"}
+            continue
+        mine.model.to(device), other.model.to(device)
+        flat = flat_gradient(mine.model)
+        exact = exact_answer(mine, task, x, y, flat)
+        error, peer_error = (errors(side, task, precision, x, y, exact, flat) for side in (mine, other))
+        entry: dict[str, Any] = {"error": error, "peer_error": peer_error, "void": error > ERROR_LIMIT * peer_error + 1e-12}
+        try:
+            steps = [make_step(side, task, precision, mode, x, y) for side in (mine, other)]
+            mine_times, other_times = time_pairs(steps[0], steps[1], pairs, sync)
+            entry |= {"ours_mib": peak_memory(steps[0], device), "peer_mib": peak_memory(steps[1], device)}
+        except Exception as problem:
+            entry["fails"] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
+            row["peers"][peer_name] = entry
+            continue
+        ratios = [b / a for a, b in zip(mine_times, other_times, strict=True)]
+        low, high = bootstrap_interval(ratios)
+        entry |= {"ratio": statistics.median(ratios), "low": low, "high": high}
+        entry |= {"ours_s": statistics.median(mine_times), "peer_s": statistics.median(other_times)}
+        row["peers"][peer_name] = entry
+        if not entry["void"] and (fastest is None or entry["ratio"] < row["peers"][fastest]["ratio"]):
+            fastest = peer_name
+        del mine, other, steps
+        gc.collect()
+    if fastest is not None:
+        best = row["peers"][fastest]
+        row |= {"fastest_peer": fastest, "ratio": best["ratio"], "low": best["low"], "high": best["high"], "passes": best["high"] >= 1}
+        row["percent_of_peak"] = 100 * flops / best["ours_s"] / matmul_peak(device, precision)
+        row["peer_percent_of_peak"] = 100 * flops / best["peer_s"] / matmul_peak(device, precision)
+    return row
+
+
+def main() -> None:
+    """Run the cells asked for, one by one; each is merged into the results as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cells whose name contains this text")
+    parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--list", action="store_true", help="name the cells and stop")
+    arguments = parser.parse_args()
+    for name in BATCH:
+        for task in TASKS:
+            for precision in PRECISIONS:
+                for mode in MODES:
+                    cell = f"{name} {task} {precision} {mode}"
+                    if arguments.only not in cell:
+                        continue
+                    if arguments.list:
+                        print(cell)
+                        continue
+                    row = run_cell(name, task, precision, mode, arguments.pairs, arguments.device)
+                    merge(f"models-{arguments.device}", cell, row, machine(arguments.device))
+                    print(_line(cell, row), flush=True)
+
+
+def _line(cell: str, row: dict[str, Any]) -> str:
+    parts = []
+    for peer, entry in row["peers"].items():
+        if "fails" in entry:
+            parts.append(f"{peer} fails")
+        else:
+            void = " VOID" if entry["void"] else ""
+            parts.append(f"{peer} {entry['ratio']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]{void}")
+    peak = f"{row.get('percent_of_peak', 0):.0f} % of peak (fastest peer {row.get('peer_percent_of_peak', 0):.0f} %)"
+    verdict = "passes" if row.get("passes") else "FAILS"
+    return f"{cell:48s} {verdict:6s} {'; '.join(parts)}; {peak}"
+
+
+if __name__ == "__main__":
+    main()
