@@ -132,7 +132,7 @@ def test_scores_that_are_not_finite_are_said_aloud() -> None:
         (torch.zeros(0, 2), torch.zeros(0, dtype=torch.long), False, "no sample"),
         (torch.zeros(2, 3), torch.zeros(2, dtype=torch.long), False, "3 classes, but 2 class names"),
         (torch.zeros(2, 2), torch.tensor([0, 2]), False, "from 0 to 1, got 0 to 2"),
-        (torch.zeros(2, 2), torch.zeros(3, dtype=torch.long), False, r"single-label .* have the shape \(2,\)"),
+        (torch.zeros(2, 2), torch.zeros(2, 2), False, r"single-label .* have the shape \(2,\)"),
         (torch.zeros(2, 2), torch.zeros(2, dtype=torch.long), True, r"multi-label .* have the shape \(2, 2\)"),
     ],
 )

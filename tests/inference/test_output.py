@@ -18,7 +18,7 @@ FOUND = [
 
 def written(format: str, predictions: list[Prediction] = FOUND) -> tuple[str, tuple[int, int]]:
     file = io.StringIO()
-    counts = write_predictions(iter(predictions), format, file)  # type: ignore[arg-type]
+    counts = write_predictions(iter(predictions), format, file)
     return file.getvalue(), counts
 
 

@@ -94,7 +94,9 @@ def test_patterns_and_stdin(predictor: Predictor, picture_folder: Path, monkeypa
     assert [p.label for p in predictor("-")] == ["red", "blue"]
 
 
-def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(predictor: Predictor, picture_folder: Path, tmp_path: Path) -> None:
+def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(
+    predictor: Predictor, picture_folder: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "a[1].png"
     path.write_bytes((picture_folder / "green" / "green-00.png").read_bytes())
     assert [(p.path, p.label) for p in predictor(str(path))] == [(str(path), "green")]

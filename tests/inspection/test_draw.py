@@ -23,12 +23,14 @@ def opened(uri: str) -> Image.Image:
 
 def charts() -> dict[str, str]:
     rng = np.random.default_rng(0)
+    bins = [CalibrationBin(0.0, 0.5, 0, float("nan"), float("nan")), CalibrationBin(0.5, 1, 9, 0.8, 0.7)]
+    names = ["$x_1", "猫", "🙂", "<b>"] + [f"c{i}" for i in range(26)]
     return {
-        "curves": draw.curves({"training": ([1, 2, 3], [3.0, float("nan"), 1.0]), "validation": ([3], [2.0])}, "Loss"),
-        "calibration": draw.calibration([CalibrationBin(0.0, 0.5, 0, float("nan"), float("nan")), CalibrationBin(0.5, 1, 9, 0.8, 0.7)]),
+        "curves": draw.curves({"training": ([1.0, 2.0, 3.0], [3.0, float("nan"), 1.0]), "validation": ([3.0], [2.0])}, "Loss"),
+        "calibration": draw.calibration(bins),
         "distances": draw.distances([torch.rand(3), torch.rand(3)], 28.3),
-        "confusion": draw.confusion_chart(rng.integers(0, 9, (30, 30)), ["$x_1", "猫", "🙂", "<b>"] + [f"c{i}" for i in range(26)]),
-    }  # fmt: skip
+        "confusion": draw.confusion_chart(rng.integers(0, 9, (30, 30)), names),
+    }
 
 
 def test_charts_are_inline_svg_in_the_pages_colours() -> None:
@@ -52,8 +54,8 @@ def test_class_names_stay_text_whatever_they_are() -> None:
 
 def test_a_curve_leaves_a_gap_where_the_value_is_not_finite() -> None:
     strokes = []
-    for y in ([1, 2, 3, 4, 5], [1, 2, float("nan"), 4, 5]):
-        chart = draw.curves({"a": ([1, 2, 3, 4, 5], y)}, "t")
+    for y in ([1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, float("nan"), 4.0, 5.0]):
+        chart = draw.curves({"a": ([1.0, 2.0, 3.0, 4.0, 5.0], y)}, "t")
         line = next(d for d, style in re.findall(r'<path d="([^"]+)"[^>]*style="([^"]+)"', chart) if "var(--accent)" in style)
         strokes.append(line.count("M"))
     assert strokes == [1, 2]

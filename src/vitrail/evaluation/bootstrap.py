@@ -50,7 +50,8 @@ def f1_scores(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Precision, recall and F1 from counts of any shape; nan where a class was never predicted, never there, or neither."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return hits / predicted, hits / support, 2 * hits / (predicted + support)
+        precision, recall, f1 = hits / predicted, hits / support, 2 * hits / (predicted + support)
+    return np.asarray(precision), np.asarray(recall), np.asarray(f1)
 
 
 def confusion_resamples(

@@ -215,7 +215,11 @@ def _multi_label(
     precision_of = np.full(k, np.nan)  # a label without a positive sample has no average precision
     for label in truth.any(0).nonzero()[:, 0].tolist():
         precision_of[label] = float(binary_average_precision(probabilities[:, label], truth[:, label]))
-    values = {"map": float(_class_mean(precision_of)), "micro_f1": _micro_f1(*counts), "macro_f1": _macro_f1(*counts)}
+    values: dict[str, Any] = {
+        "map": float(_class_mean(precision_of)),
+        "micro_f1": _micro_f1(*counts),
+        "macro_f1": _macro_f1(*counts),
+    }
     spread: dict[str, list[Any]] = {name: [] for name in values}
     for weights in bootstrap.sample_weights(n, rng, bootstrap.fitting_resamples(n * k)):
         drawn = tuple((weights @ t.float()).double().numpy() for t in (given * truth, given, truth))
@@ -249,14 +253,14 @@ def _class_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean over the last axis of what is defined; nan where nothing is (numpy's nanmean would warn)."""
     defined = ~np.isnan(values)
     with np.errstate(invalid="ignore"):
-        return np.where(defined, values, 0.0).sum(-1) / defined.sum(-1)
+        return np.asarray(np.where(defined, values, 0.0).sum(-1) / defined.sum(-1))
 
 
-def _micro_f1(hits: NDArray[np.float64], predicted: NDArray[np.float64], support: NDArray[np.float64]) -> Any:
-    return bootstrap.f1_scores(hits.sum(-1), predicted.sum(-1), support.sum(-1))[2]
+def _micro_f1(hits: NDArray[np.float64], predicted: NDArray[np.float64], support: NDArray[np.float64]) -> NDArray[np.float64]:
+    return bootstrap.f1_scores(*(np.asarray(counts.sum(-1)) for counts in (hits, predicted, support)))[2]
 
 
-def _macro_f1(hits: NDArray[np.float64], predicted: NDArray[np.float64], support: NDArray[np.float64]) -> Any:
+def _macro_f1(hits: NDArray[np.float64], predicted: NDArray[np.float64], support: NDArray[np.float64]) -> NDArray[np.float64]:
     return _class_mean(bootstrap.f1_scores(hits, predicted, support)[2])
 
 

@@ -38,7 +38,8 @@ class Engine:
         self.device, self.dtype = device, DTYPES[precision]
         self.layout = memory_format(model)
         self.normalise = Normalise(preprocess).to(device)
-        self.model = fold_batchnorm(model).requires_grad_(False).to(device, self.dtype, memory_format=self.layout)
+        prepared = fold_batchnorm(model).requires_grad_(False).to(device, self.dtype)
+        self.model = prepared.to(memory_format=self.layout)
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:

@@ -6,23 +6,31 @@ import csv
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any, Literal, TextIO, get_args
+from typing import Any, Protocol, runtime_checkable
 
 from vitrail.config import unknown
 from vitrail.inference.predictor import Prediction
 
-Format = Literal["table", "jsonl", "csv"]
+FORMATS = ("table", "jsonl", "csv")
 COLUMNS = ("path", "label", "probability", "labels", "top", "error")
 
 
-def write_predictions(predictions: Iterable[Prediction], format: Format, file: TextIO) -> tuple[int, int]:
+@runtime_checkable
+class Writable(Protocol):
+    """What text can be written to."""
+
+    def write(self, text: str, /) -> Any:
+        """Append text."""
+
+
+def write_predictions(predictions: Iterable[Prediction], format: str, file: Writable) -> tuple[int, int]:
     """Write predictions as they come; returns how many pictures were answered and how many could not be read.
 
     table: one aligned line per picture. jsonl: one object per line with the fields of `Prediction`. csv: the same columns, with
     labels as a|b and top as a=0.9|b=0.1. Raises ConfigError for an unknown format.
     """
-    if format not in get_args(Format):
-        raise unknown("format", format, get_args(Format))
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
     writer = csv.writer(file, lineterminator="\n")
     if format == "csv":
         writer.writerow(COLUMNS)

@@ -6,9 +6,9 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -62,9 +62,9 @@ class Predictor:
         precision: str = "auto",
         batch_size: int = 32,
         top: int = 5,
-        decode: DecodeMode = "exact",
+        decode: str = "exact",
         workers: int = -1,
-        errors: Literal["keep", "raise"] = "keep",
+        errors: str = "keep",
         max_pixels: int = MAX_PIXELS,
     ):
         for name, value, allowed in (("decode", decode, ("exact", "scaled")), ("errors", errors, ("keep", "raise"))):
@@ -83,7 +83,8 @@ class Predictor:
         )
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
-        self.batch_size, self.top, self.decode, self.errors = batch_size, min(top, count), decode, errors
+        self.batch_size, self.top, self.errors = batch_size, min(top, count), errors
+        self.decode = cast(DecodeMode, decode)
         self.workers = workers if workers > 0 else min(os.cpu_count() or 1, 16)
         self.max_pixels = max_pixels
         self.engine = Engine(model, self.preprocess, self.device, self.precision)
@@ -98,7 +99,7 @@ class Predictor:
             pictures = [picture for _, picture in batch if isinstance(picture, Tensor)]
             answers = iter(self._answers(self.engine(torch.stack(pictures))) if pictures else ())
             for name, picture in batch:
-                yield Prediction(name, error=picture) if isinstance(picture, str) else Prediction(name, **next(answers))
+                yield Prediction(name, error=picture) if isinstance(picture, str) else replace(next(answers), path=name)
 
     def logits(self, inputs: Input | Iterable[Input]) -> Float[Tensor, "n k"]:
         """Raw scores, float32. Raises ValueError for a picture that cannot be read: there is no score to put in its place."""
@@ -110,14 +111,14 @@ class Predictor:
             scores.append(self.engine(torch.stack([picture for _, picture in batch])))  # type: ignore[misc]
         return torch.cat(scores)
 
-    def _answers(self, scores: Float[Tensor, "b k"]) -> Iterator[dict[str, object]]:
+    def _answers(self, scores: Float[Tensor, "b k"]) -> Iterator[Prediction]:
         probabilities = scores.sigmoid() if self.multi_label else scores.softmax(1)
         best = probabilities.topk(self.top)
         for row, values, places in zip(probabilities, best.values.tolist(), best.indices.tolist(), strict=True):
             top = tuple((self.classes[i], value) for i, value in zip(places, values, strict=True))
             given = [self.classes[i] for i in (row >= LABEL_THRESHOLD).nonzero()[:, 0].tolist()]
             labels = tuple(given) if self.multi_label else (top[0][0],)
-            yield {"label": top[0][0], "probability": top[0][1], "top": top, "labels": labels}
+            yield Prediction("", top[0][0], top[0][1], top, labels)
 
     def _batches(self, inputs: Input | Iterable[Input]) -> Iterator[list[tuple[str, Tensor | str]]]:
         """Decoded pictures, or the reason there is none, by name; the threads work ahead while the caller computes."""

@@ -6,7 +6,7 @@ import base64
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -24,7 +24,7 @@ from vitrail.evaluation.metrics import CalibrationBin
 # Placeholders drawn by matplotlib and replaced in the SVG by the page's own colours, so that one figure fits light and dark.
 INK, MUTED, LINE, ACCENT, WRONG = "#010203", "#010204", "#010205", "#010206", "#010207"
 _COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", ACCENT: "var(--accent)", WRONG: "var(--wrong)"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's font, and any script a class name is written in
     "font.size": 10,
     "axes.edgecolor": LINE,
@@ -55,7 +55,7 @@ _SMALL = (3.2, 2.5)  # inches: three beside each other on a wide page, one on a 
 SMALL_PICTURE = 64  # pictures up to this side are kept without loss and shown in hard pixels
 
 
-def curves(lines: dict[str, tuple[Sequence[float], Sequence[float]]], title: str, *, percent: bool = False) -> Markup:
+def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, *, percent: bool = False) -> Markup:
     """A chart of named lines {name: (x, y)} over epochs; values that are not finite leave a gap."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
@@ -189,7 +189,7 @@ def to_pil(picture: UInt8[Tensor, "c h w"]) -> Image.Image:
     return Image.fromarray(array[0] if array.shape[0] < 3 else np.ascontiguousarray(array[:3].transpose(1, 2, 0)))
 
 
-def overlay(picture: UInt8[Tensor, "c h w"], attention: Float[Tensor, "h w"]) -> Image.Image:
+def overlay(picture: UInt8[Tensor, "c h w"], attention: Float[Tensor, "rows columns"]) -> Image.Image:
     """Attention shown as light through the panes of a window: each patch is as bright as its share of the largest one."""
     image = to_pil(picture).convert("RGB")
     scale = max(1, -(-SMALL_PICTURE * 2 // max(image.size)))
@@ -197,5 +197,5 @@ def overlay(picture: UInt8[Tensor, "c h w"], attention: Float[Tensor, "h w"]) ->
     strength = (attention / attention.max().clamp_min(1e-12)).float().cpu().numpy()
     panes = Image.fromarray((255 * strength).round().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
     light = np.asarray(panes, dtype=np.float32)[..., None] / 255
-    lit = np.asarray(image, dtype=np.float32) * (0.3 + 0.45 * light) + np.float32(_AMBER) * 0.6 * light
+    lit = np.asarray(image, dtype=np.float32) * (0.3 + 0.45 * light) + np.array(_AMBER, np.float32) * 0.6 * light
     return Image.fromarray(lit.clip(0, 255).astype(np.uint8))

@@ -83,8 +83,8 @@ def mistakes(gallery: Gallery) -> Context:
         {"title": "Most confidently wrong", "cards": [card(row) for row in confident]},
         {"title": "Worst of the others: the truth was given the least", "cards": [card(row) for row in hardest]},
     ]
-    about = f"{len(wrong):,} of {len(truth):,} pictures were answered wrongly; {len(confident) + len(hardest)} of them are shown, "
-    about += "as the model gets them. In colour the answer and its probability, below the truth and what it was given."
+    about = f"{len(wrong):,} of {len(truth):,} pictures were answered wrongly; {len(confident) + len(hardest)} of them are "
+    about += "shown, as the model gets them. In colour the answer and its probability, below the truth and what it was given."
     return {"about": about, "hard": gallery.hard, "groups": [group for group in groups if group["cards"]]}
 
 
@@ -133,9 +133,9 @@ def attention(model: Model, gallery: Gallery) -> Context:
         }
     first = shown[0][1]
     about = (
-        f"Each pane is one patch; the brighter, the more of its attention {first.asking} gives it, next to the brightest pane of the "
-        "same picture. Last layer: averaged over its heads. Rollout: all layers multiplied together, skip connections counted as "
-        f"half. Shown are {chosen}."
+        f"Each pane is one patch; the brighter, the more of its attention {first.asking} gives it, next to the brightest pane "
+        "of the same picture. Last layer: averaged over its heads. Rollout: all layers multiplied together, skip connections "
+        f"counted as half. Shown are {chosen}."
     )
     if first.asking.startswith("the mean"):
         about += " The model pools by the mean and has no class token to ask, so the maps average over all asking patches."
@@ -149,8 +149,8 @@ def attention(model: Model, gallery: Gallery) -> Context:
         "cards": [_card(gallery, row, view) for row, view in shown],
         "hard": gallery.hard,
         "distances": draw.distances(list(far.values()), math.hypot(height, width)),
-        "distance_about": "Mean distance between a patch and what it attends to, weighted by attention: a dot is a head, the line "
-        f"the mean of a layer, over n = {len(measured)} pictures spread evenly over the set.",
+        "distance_about": "Mean distance between a patch and what it attends to, weighted by attention: a dot is a head, the "
+        f"line the mean of a layer, over n = {len(measured)} pictures spread evenly over the set.",
     }
 
 
@@ -174,7 +174,7 @@ def _chosen(gallery: Gallery) -> tuple[list[int], str]:
         if right[row]:
             first.setdefault(label, row)
     classes = sorted(first)
-    picked = np.unique(np.linspace(0, len(classes) - 1, min(len(classes), LOOKED_AT - 3)).astype(int)) if classes else []
+    picked = np.unique(np.linspace(0, len(classes) - 1, min(len(classes), LOOKED_AT - 3)).astype(int))
     wrong = (answers != truth).nonzero()[:, 0]
     confident = wrong[sure[wrong].argsort(descending=True, stable=True)][:3].tolist()
     rows = [*(first[classes[i]] for i in picked), *confident]

@@ -1,19 +1,137 @@
-"""report.html of a run."""
+"""report.html of a run: one page with everything about it that can be opened anywhere."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from vitrail.checkpoints import load_model
+from vitrail.checkpoints.io import write_text
+from vitrail.config import ConfigError, Preprocess, dump
+from vitrail.cost import count_parameters, pick_device
+from vitrail.data import Data, open_data
+from vitrail.evaluation import Report, evaluate
+from vitrail.inspection import pictures, sections, training_data
+from vitrail.inspection.run import REPORT, RunRecord, environment, read_run
+from vitrail.models import Model
+
+PAGE = "report.html"
 _TEMPLATES = Environment(
     loader=PackageLoader("vitrail.inspection"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
+_TITLES = {
+    "result": "Result", "training": "Training", "confusion": "Confusion", "classes": "Classes", "mistakes": "Mistakes",
+    "attention": "Attention", "calibration": "Calibration", "data": "Data", "reproduce": "Reproduce",
+}  # fmt: skip
+
+
+def write_report(run_dir: str | Path, *, model: Model | None = None, data: Any = None, report: Report | None = None) -> Path:
+    """Write report.html into a run directory and return its path.
+
+    model: default the run's final weights. data: opened `Data` or any source; default the source named in the run's settings.
+    report: the evaluation to show; default that of the test split, else of validation. Where the data cannot be opened any
+    more, the page shows the evaluation stored with the run and goes without pictures.
+    Raises ConfigError if there is no run, or neither its data nor a stored evaluation.
+    """
+    run = read_run(run_dir)
+    model = model if model is not None else load_model(run.path)
+    opened, problem = _open(run, model, data)
+    if opened is not None and (report is None or report.outputs is None or not report.split):
+        device = pick_device(run.config.device if report is None else "auto")
+        report = evaluate(model, opened, split=report.split if report else "", device=str(device))
+    elif report is None:
+        if not (run.path / REPORT).is_file():
+            raise ConfigError(f"{run.path}: the data cannot be opened and no evaluation is stored there; {problem}")
+        report = Report.load(run.path / REPORT)
+        report = replace(report, notes=(*report.notes, f"The data could not be opened, so no pictures are shown: {problem}"))
+    write_text(run.path / PAGE, render(_context(run, model, opened, report)))
+    return run.path / PAGE
 
 
 def render(context: dict[str, Any]) -> str:
-    """The page."""
-    return _TEMPLATES.get_template("report.html.jinja").render(band=_glass(48), panes=_panes(), **context)
+    """The page's text from its sections."""
+    contents = [(name, title) for name, title in _TITLES.items() if context[name]]
+    return _TEMPLATES.get_template("report.html.jinja").render(
+        contents=contents, band=_glass(48), panes=_window(), version=version("vitrail"), **context
+    )
+
+
+def _open(run: RunRecord, model: Model, data: Any) -> tuple[Data | None, str]:
+    """The run's data, or why there is none."""
+    if isinstance(data, Data):
+        return data, ""
+    source = run.config.data if data is None else data
+    if isinstance(source, str) and not source:
+        return None, "the run was trained on a Python collection; hand it over as data"
+    classes = model.card.classes if model.card else ()
+    try:
+        return open_data(source, run.config.data_config, classes or None), ""
+    except (ValueError, OSError) as problem:
+        if data is not None:
+            raise
+        return None, str(problem)
+
+
+def _context(run: RunRecord, model: Model, data: Data | None, report: Report) -> dict[str, Any]:
+    config = run.config
+    preprocess = (model.card.preprocess if model.card else None) or Preprocess(
+        image_size=model.config.image_size, channels=model.config.in_channels
+    )
+    context: dict[str, Any] = {
+        "title": f"{data.name if data else Path(config.data).stem or run.path.name} · {model.name or model.family}",
+        "subtitle": _subtitle(run, model, data, report),
+        "made": f"{datetime.now():%d %B %Y, %H:%M}".lstrip("0"),
+        "result": sections.result(report, count_parameters(model), run.minutes, _caution(data, report)),
+        "training": sections.training(run.of_kind("train"), run.of_kind("eval"), config.objective.loss),
+        "confusion": sections.confusion(report),
+        "classes": sections.classes(report),
+        "calibration": sections.calibration(report),
+        "mistakes": None,
+        "attention": None,
+        "data": None,
+        "reproduce": {
+            "about": "The same machine, versions and number of threads give the same weights, bit for bit on a CPU. "
+            "Versions and machine are those this page was made with.",
+            "command": run.command if config.data else "",
+            "environment": environment(config.device),
+            "config": dump(config),
+        },
+    }
+    if data is not None and report.outputs is not None:
+        gallery = pictures.Gallery(getattr(data, report.split), preprocess, report.outputs)
+        context["mistakes"] = pictures.mistakes(gallery)
+        context["attention"] = pictures.attention(model, gallery)
+        context["data"] = training_data.summary(data, config, preprocess)
+    return context
+
+
+def _subtitle(run: RunRecord, model: Model, data: Data | None, report: Report) -> str:
+    kind = {"vit": "A Vision Transformer", "resnet": "A residual network"}.get(model.family, f"A {model.family} model")
+    steps = max((record["step"] for record in run.records), default=0)
+    epochs = max((record.get("epoch") or 0 for record in run.records), default=0)
+    told = f"{kind} for {len(report.classes)} {'labels' if report.multi_label else 'classes'}"
+    if data is not None and data.train is not None:
+        told += f", trained on {len(data.train):,} pictures"
+    if steps:
+        told += f" for {epochs:.3g} epochs ({steps:,} steps)"
+    origin = f", starting from {run.config.init_from}" if run.config.init_from else ""
+    return f"{told}{origin}, seed {run.config.seed}."
+
+
+def _caution(data: Data | None, report: Report) -> str:
+    """What the reader should know about how these pictures were used before."""
+    if report.split == "train":
+        return "These pictures were trained on: the numbers say how well they were learnt, not how well others are recognised."
+    if report.split == "val":
+        return "These pictures were not trained on, but progress was judged by them; there is no separate test set."
+    if data is not None and data.val is not None and data.val is data.test:
+        return "These pictures were not trained on, but progress was judged by them during training too."
+    return "These pictures were not used in training in any way."
 
 
 def _glass(count: int) -> list[dict[str, Any]]:
@@ -23,5 +141,5 @@ def _glass(count: int) -> list[dict[str, Any]]:
     return [{"fill": colours.get(i % 23, "var(--accent)"), "opacity": shades[(i * 7) % len(shades)]} for i in range(count)]
 
 
-def _panes() -> list[dict[str, Any]]:
+def _window() -> list[dict[str, Any]]:
     return [{"x": 3 + 13.5 * (i % 4), "y": 3 + 13 * (i // 4), **shade} for i, shade in enumerate(_glass(24))]

@@ -13,6 +13,7 @@ from vitrail.inspection import draw
 
 MATRIX_CLASSES = 24  # up to here the confusion matrix is a table of counts, beyond it a figure
 TABLE_CLASSES = 30  # rows of the class table shown at once
+_SPLITS = {"val": "validation", "train": "training"}
 Context = dict[str, Any]
 
 
@@ -23,8 +24,8 @@ def percent(value: float, n: float, digits: int | None = None) -> str:
     return f"{100 * value:.{(1 if n < 10_000 else 2) if digits is None else digits}f}"
 
 
-def result(report: Report, parameters: int, minutes: float | None) -> Context:
-    """The headline number with its interval, and the other numbers around it."""
+def result(report: Report, parameters: int, minutes: float | None, caution: str = "") -> Context:
+    """The headline number with its interval, and the other numbers around it; `caution`: how the pictures were used before."""
     metrics, n = report.metrics, report.metrics["n"]
     name = report.headline
     low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
@@ -46,8 +47,9 @@ def result(report: Report, parameters: int, minutes: float | None) -> Context:
     support = np.array([row["support"] for row in report.per_class])
     chance = None if report.multi_label else float(support.max() / support.sum())
     return {
-        "about": f"Measured on the {report.split or 'given'} pictures. The interval is a bootstrap over these pictures: it "
-        "shows how far the number would move with another sample of this size, not with another training run.",
+        "about": f"Measured on the {_SPLITS.get(report.split, report.split or 'given')} pictures. {caution}",
+        "interval": "The interval is a bootstrap over these pictures: it shows how far the number would move with another "
+        "sample of this size, not with another training run.",
         "value": percent(metrics[name], n),
         "name": told,
         "low": percent(low, n),
@@ -69,18 +71,36 @@ def _rate(report: Report, name: str, title: str) -> dict[str, str]:
     return {"name": title, "value": f"{percent(report.metrics[name], n)} %", "note": f"95 % interval {low} to {high}"}
 
 
-def training(history: Sequence[Mapping[str, Any]], names: Mapping[str, Sequence[tuple[str, str]]]) -> Context:
-    """Charts of the run's history; `names` maps a chart's title to its (line, key of the history) pairs."""
-    charts = []
-    for title, lines in names.items():
-        drawn = {}
-        for line, key in lines:
-            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None and row.get("epoch") is not None]
-            if points:
-                drawn[line] = ([x for x, _ in points], [y for _, y in points])
-        if drawn:
-            charts.append(draw.curves(drawn, title, percent=title.startswith("Accuracy") or "precision" in title))
-    return {"charts": charts}
+def training(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], loss: str) -> Context | None:
+    """Charts of loss, accuracy and learning rate from the run's records; None if there are none."""
+    trained = {name: _line(steps, name) for name in ("loss", "accuracy", "lr")}
+    judged = {name: _line(evaluations, name) for name in ("nll", "top1", "map", "macro_f1")}
+    together = {"training": trained["loss"], "validation": judged["nll"]}
+    charts = {"Loss": together} if loss == "ce" else {"Loss in training": {"training": trained["loss"]}}
+    if loss != "ce":  # sums over classes: another scale than the likelihood of the validation pictures
+        charts["Loss in validation"] = {"validation": judged["nll"]}
+    if judged["map"][0]:
+        charts["Mean average precision"] = {"validation": judged["map"]}
+    else:
+        charts["Accuracy"] = {"training": trained["accuracy"], "validation": judged["top1"]}
+    charts["Learning rate"] = {"learning rate": trained["lr"]}
+    drawn = []
+    for title, lines in charts.items():
+        there = {name: line for name, line in lines.items() if line[0]}
+        if there:
+            drawn.append(draw.curves(there, title, percent=title in ("Accuracy", "Mean average precision")))
+    about = (
+        "Training values are means over the augmented pictures of the steps before each point, so they are usually worse than "
+    )
+    about += "those of the same weights on unchanged pictures. Validation values are of the whole validation set."
+    return {"charts": drawn, "about": about} if drawn else None
+
+
+def _line(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    points = [
+        (r["epoch"], math.nan if r[name] is None else r[name]) for r in records if name in r and r.get("epoch") is not None
+    ]
+    return [x for x, _ in points], [y for _, y in points]
 
 
 def confusion(report: Report) -> Context:
