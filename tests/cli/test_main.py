@@ -18,11 +18,12 @@ def vitrail(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_quick_and_starts_nothing_heavy(run_python: Callable[..., str]) -> None:
-    begin = time.perf_counter()
-    page = vitrail("--help")
-    seconds = time.perf_counter() - begin
-    assert page.returncode == 0
-    assert seconds < 0.5
+    def seconds() -> float:
+        begin = time.perf_counter()
+        assert vitrail("--help").returncode == 0
+        return time.perf_counter() - begin
+
+    assert min(seconds() for _ in range(3)) < 0.5
     loaded = run_python("import sys, vitrail.cli; vitrail.cli.main(['--help']); print('modules:', *sys.modules)")
     assert not {"torch", "tyro", "numpy", "yaml"} & set(loaded.split("modules:")[1].split())
 

@@ -1,0 +1,141 @@
+"""Each verb does its work on small real files, through the same entry point as the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+
+from vitrail.checkpoints import FORMATS, load_model, save_model
+from vitrail.cli import main
+from vitrail.cli.convert import Arguments as Convert
+from vitrail.config import ModelCard, Preprocess
+from vitrail.models import MODELS, create_model
+
+CLASSES = ("blue", "green", "red")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with random weights that knows its classes."""
+    model = create_model("vit_micro_patch4_16", num_classes=3)
+    card = ModelCard(classes=CLASSES, preprocess=Preprocess(image_size=(16, 16)))
+    return save_model(model, tmp_path_factory.mktemp("model") / "m", card=card).parent
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    assert main(words) == code
+    return capsys.readouterr().out
+
+
+def test_predict_answers_folders_patterns_and_stdin(
+    checkpoint: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = said(capsys, "predict", str(checkpoint), str(picture_folder))
+    assert table.count(".png") == 36
+    rows = list(csv.DictReader(said(capsys, "predict", str(checkpoint), f"{picture_folder}/red/*", "--format", "csv").splitlines()))
+    assert len(rows) == 12
+    assert {row["label"] for row in rows} <= set(CLASSES)
+    monkeypatch.setattr("sys.stdin", [f"{picture_folder}/red/red-00.png\n", f"{picture_folder}/nothing.png\n"])
+    lines = said(capsys, "predict", str(checkpoint), "-", "--format", "jsonl", "--top", "2").splitlines()
+    first, second = map(json.loads, lines)
+    assert len(first["top"]) == 2
+    assert not first["error"]
+    assert "no such file" in second["error"]
+
+
+def test_predict_without_any_answer_fails(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["predict", str(checkpoint), str(tmp_path / "no.jpg")]) == 1
+    assert "1 could not be read" in capsys.readouterr().err
+    assert main(["predict", str(checkpoint)]) == 2
+    assert "name at least one picture" in capsys.readouterr().err
+
+
+def test_eval_prints_intervals_and_json(
+    checkpoint: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = said(capsys, "eval", str(checkpoint), str(picture_folder), "--split", "train", "--per-class", "--workers", "0")
+    assert "top-1 accuracy" in page
+    assert "95 % interval" in page
+    assert all(name in page for name in CLASSES)
+    out = tmp_path / "result.json"
+    words = ("eval", str(checkpoint), str(picture_folder), "--json", "--out", str(out), "--workers", "0", "--split", "train")
+    assert json.loads(said(capsys, *words)) == json.loads(out.read_text())
+
+
+def test_eval_refuses_other_classes(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(checkpoint), "digits"]) == 2
+    message = capsys.readouterr().err
+    assert "'red'" in message
+    assert "'0'" in message
+
+
+def test_data_verbs(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing to mend" in said(capsys, "data", "check", str(picture_folder))
+    stats = json.loads(said(capsys, "data", "stats", str(picture_folder), "--json"))
+    assert stats["pictures"] == 36
+    packed = said(capsys, "data", "pack", str(picture_folder), str(tmp_path / "packed"), "--size", "16")
+    assert "36 pictures (0 as they were)" in packed
+    again = json.loads(said(capsys, "data", "stats", str(tmp_path / "packed"), "--json"))
+    assert again["sizes"] == {"19 x 16": 36}
+
+
+def test_data_check_reports_what_is_to_be_mended(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i, source in enumerate(sorted((picture_folder / "red").iterdir())[:3]):
+            (tmp_path / name / f"{i}.png").write_bytes(source.read_bytes())
+    (tmp_path / "a" / "broken.png").write_bytes(b"")
+    found = json.loads(said(capsys, "data", "check", str(tmp_path), "--json", code=1))
+    assert len(found["broken"]) == 1
+    assert sum(group["contradicts"] for group in found["copies"]) == 3
+
+
+def test_missing_data_names_the_nearest(picture_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "stats", str(picture_folder / "gren")]) == 2
+    assert "nearest" in capsys.readouterr().err
+
+
+def test_models_lists_costs_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["model"]: row for row in json.loads(said(capsys, "models", "patch32_224", "--json"))}
+    assert rows["vit_base_patch32_224"]["parameters (M)"] == 88.22
+    assert rows["vit_base_patch32_224"]["GMACs"] == pytest.approx(4.41, abs=0.01)
+    one = json.loads(said(capsys, "models", "vit_micro_patch4_16", "--json"))
+    assert one["settings"]["position.kind"] == MODELS["vit_micro_patch4_16"].position.kind
+    assert "num_classes" not in one["settings"]
+
+
+def test_convert_writes_what_it_read(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "timm format" in said(capsys, "convert", str(checkpoint), str(tmp_path / "timm"), "--format", "timm")
+    back = load_model(tmp_path / "timm", heads=4, quiet=True)
+    weights = load_model(checkpoint).state_dict()
+    assert all((value == weights[name]).all() for name, value in back.state_dict().items())
+    assert set(get_args(get_type_hints(Convert)["format"])) == set(FORMATS)
+
+
+def test_bench_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("bench", "vit_micro_patch4_16", "--seconds", "0.01", "--batch-size", "2", "--precision", "fp32", "--train", "--json")
+    result = json.loads(said(capsys, *words))
+    assert result["Inference"]["pictures/s (batch 2)"] > 0
+    assert result["Training"]["step (ms)"] > 0
+    assert result["Inference"]["latency p50 (ms)"] <= result["Inference"]["latency p95 (ms)"]
+
+
+def test_bench_takes_settings_and_checkpoints(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = ("--seconds", "0.01", "--precision", "fp32", "--batch-size", "1", "--json")
+    shallow = json.loads(said(capsys, "bench", "vit_micro_patch4_16", "--set", "depth=1", "--image-size", "8,16", *quick))
+    assert shallow["Model"]["input"] == "3 x 8 x 16"
+    trained = json.loads(said(capsys, "bench", str(checkpoint), *quick))
+    assert int(trained["Model"]["parameters"].replace(",", "")) > int(shallow["Model"]["parameters"].replace(",", ""))
+    assert main(["bench", "vit_micro_patch4_16", "--set", "deph=1"]) == 2
+    assert "'depth'" in capsys.readouterr().err
+
+
+def test_doctor_reports_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(said(capsys, "doctor", "--no-measure", "--json"))
+    assert found["decoders"]["torchvision.io"] == "works"
+    assert found["devices"]["cpu"]
+    assert "Decoders" in said(capsys, "doctor", "--no-measure")
