@@ -136,7 +136,7 @@ class ObjectiveConfig:
 class OptimConfig:
     """The optimiser and its regularisation."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"  # adamw decays weights apart from the gradient, adam with it
     lr: float = 1e-3  # peak learning rate
     lr_batch: int = 0  # batch size that lr is meant for; it is scaled linearly to the run's, 0 = as it is
     weight_decay: float = 0.05  # not applied to biases, norms, tokens and positions
@@ -180,7 +180,7 @@ class RunConfig:
     accumulate: int = 1  # micro-steps per optimiser step
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of products under autocast
-    compile: bool = False  # torch.compile
+    compile: bool = False  # with torch.compile; on the CPU it needs a C++ compiler
     checkpointing: bool = False  # recompute activations in the backward pass
     eval_every: float = 1.0  # epochs between evaluations on the validation split
     save_every_steps: int = 0  # steps between checkpoints, 0 = by time only
