@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -47,13 +48,25 @@ def test_every_verb_explains_itself_without_torch(run_python: Callable[..., str]
     assert f"vitrail {name}" in examples
 
 
-def test_every_flag_is_explained(run_python: Callable[..., str]) -> None:
+@pytest.mark.parametrize("name", VERBS)
+def test_every_flag_is_explained(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A flag whose help is only its default helps nobody."""
-    page = run_python("import sys, vitrail.cli; vitrail.cli.main(['train', '--help'])")
-    for line, following in zip(page.splitlines(), page.splitlines()[1:], strict=False):
-        if "│ --" in line:
-            explained = line.split("  ")[-2:] + [following]
-            assert not all(part.strip(" │").startswith(("(default", "--")) for part in explained), line
+    assert main([*name.split(), "--help"]) == 0
+    blocks: list[str] = [""]
+    for line in capsys.readouterr().out.split("\nExamples")[0].translate(dict.fromkeys(map(ord, "│╭╮╰╯─"), " ")).splitlines():
+        text = line.strip()
+        if re.match(r"-{1,2}\w", text):
+            blocks.append(text)
+        elif re.match(r" +\S", line) and not set(text) <= set("-"):
+            blocks[-1] += f" {text}"
+        else:
+            blocks.append("")
+    blocks = [block for block in blocks if block.startswith("-")]
+    assert blocks
+    for block in blocks:
+        flags = re.compile(r"^(-{1,2}[\w-]+,? )+((\{\S*\}|[A-Z]+(=[A-Z]+)?(,[A-Z.]+)*) )?")
+        explained = re.sub(r"\(default: .*?\)|\(required\)", "", flags.sub("", f"{block} "))
+        assert len(explained.split()) > 1, block
 
 
 @pytest.mark.parametrize(

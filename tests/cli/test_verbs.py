@@ -36,7 +36,8 @@ def test_predict_answers_folders_patterns_and_stdin(
 ) -> None:
     table = said(capsys, "predict", str(checkpoint), str(picture_folder))
     assert table.count(".png") == 36
-    rows = list(csv.DictReader(said(capsys, "predict", str(checkpoint), f"{picture_folder}/red/*", "--format", "csv").splitlines()))
+    lines = said(capsys, "predict", str(checkpoint), f"{picture_folder}/red/*", "--format", "csv").splitlines()
+    rows = list(csv.DictReader(lines))
     assert len(rows) == 12
     assert {row["label"] for row in rows} <= set(CLASSES)
     monkeypatch.setattr("sys.stdin", [f"{picture_folder}/red/red-00.png\n", f"{picture_folder}/nothing.png\n"])
@@ -83,7 +84,9 @@ def test_data_verbs(picture_folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert again["sizes"] == {"19 x 16": 36}
 
 
-def test_data_check_reports_what_is_to_be_mended(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_fails_on_what_is_to_be_mended(
+    picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         for i, source in enumerate(sorted((picture_folder / "red").iterdir())[:3]):
@@ -117,8 +120,8 @@ def test_convert_writes_what_it_read(checkpoint: Path, tmp_path: Path, capsys: p
 
 
 def test_bench_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("bench", "vit_micro_patch4_16", "--seconds", "0.01", "--batch-size", "2", "--precision", "fp32", "--train", "--json")
-    result = json.loads(said(capsys, *words))
+    quick = ("--seconds", "0.01", "--precision", "fp32", "--batch-size", "2", "--json")
+    result = json.loads(said(capsys, "bench", "vit_micro_patch4_16", "--train", *quick))
     assert result["Inference"]["pictures/s (batch 2)"] > 0
     assert result["Training"]["step (ms)"] > 0
     assert result["Inference"]["latency p50 (ms)"] <= result["Inference"]["latency p95 (ms)"]
