@@ -22,7 +22,7 @@ from vitrail.data.tabulate import Table, each_sample, shortened
 NEAR_BITS = 6  # of 64: what saving a JPEG again or resizing it changes
 NEAR_ERROR = 0.15  # largest RMS difference of two small copies, as a fraction of their contrast
 _THUMB = 32
-_BUCKET = 256  # neighbours compared among pictures whose hashes share 16 bits
+_CROWD = 64  # neighbours compared among pictures whose hashes share 16 bits
 _PIECE = 1024
 _TINY, _ODD_FACTOR = 16, 4
 
@@ -235,20 +235,23 @@ def perceptual_hash(grey: np.ndarray) -> np.ndarray:
 def near_pairs(hashes: np.ndarray, bits: int = NEAR_BITS) -> np.ndarray:
     """int64 (m, 2): pairs of uint64 hashes that differ in at most `bits` bits and agree in one of their four 16-bit parts.
 
-    Up to three differing bits none is missed; in a crowd of more than `_BUCKET` that agree in a part, only neighbours
+    Up to three differing bits none is missed; in a crowd of more than `_CROWD` that agree in a part, only neighbours
     in sorted order are compared, which keeps the cost linear.
     """
     found = [np.zeros((0, 2), np.int64)]
-    for part in hashes.view(np.uint16).reshape(-1, 4).T:
-        order = np.lexsort((hashes, part))
-        parts, ordered = part[order], hashes[order]
-        for offset in range(1, min(_BUCKET, len(hashes))):
-            alike = parts[offset:] == parts[:-offset]
+    parts = hashes.view(np.uint16).reshape(-1, 4)
+    for number in range(4):
+        order = np.lexsort((hashes, parts[:, number]))
+        for offset in range(1, min(_CROWD, len(hashes))):
+            one, other = order[:-offset], order[offset:]
+            alike = parts[one, number] == parts[other, number]
             if not alike.any():
                 break
-            at = np.flatnonzero(alike & (np.bitwise_count(ordered[offset:] ^ ordered[:-offset]) <= bits))
-            found.append(np.sort(np.stack([order[at], order[at + offset]], 1), axis=1))
-    return np.unique(np.concatenate(found), axis=0)
+            alike &= np.bitwise_count(hashes[one] ^ hashes[other]) <= bits
+            one, other = one[alike], other[alike]
+            new = ~(parts[one, :number] == parts[other, :number]).any(1)  # not found in an earlier part
+            found.append(np.sort(np.stack([one[new], other[new]], 1), axis=1))
+    return np.concatenate(found)
 
 
 def _copies(

@@ -64,6 +64,11 @@ class ParquetStore(Store):
         table = self._file.read_row_groups(groups, columns=[self.name], use_threads=False)
         return ColumnStore(table.column(0), Path(self.path).parent)
 
+    def inner_paths(self) -> list[str | None]:
+        """The paths that structs keep beside the bytes, read without the bytes."""
+        table = self._file.read(columns=[f"{self.name}.path"], use_threads=False)
+        return [path for chunk in table.column(0).chunks for path in chunk.field("path").to_pylist()]
+
     def read(self, row: int) -> Picture:
         """Encoded bytes, or a path where the row holds only that."""
         if self.in_memory:

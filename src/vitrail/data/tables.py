@@ -166,9 +166,7 @@ def _read_parquet(path: Path, config: DataConfig) -> Listing:
         return Listing(PathStore(path.parent, paths), paths, **rest, broken=broken, notes=tuple(notes))
     store = ParquetStore(path, image)
     notes += store.notes
-    inner = None
-    if pa.types.is_struct(kind) and "path" in [field.name for field in kind]:
-        inner = pq.read_table(path, columns=[f"{image}.path"]).column(0).combine_chunks().field("path").to_pylist()
+    inner = store.inner_paths() if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else None
     return Listing(store, row_names(columns, rows, inner), **rest, notes=tuple(notes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 from rich.console import Console
@@ -43,6 +44,6 @@ def each_sample(
     with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task(what, total=sum(len(dataset) for dataset in splits.values()))
         for split, dataset in splits.items():
-            for index, result in enumerate(for_each(lambda at, inside=dataset: work(inside, at), len(dataset))):
+            for index, result in enumerate(for_each(partial(work, dataset), len(dataset))):
                 yield split, index, result
                 bar.advance(task)
