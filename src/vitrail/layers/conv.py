@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
+
+
+ReLU = partial(nn.ReLU, inplace=True)  # what it overwrites (a normalised map, a sum) is needed by nobody else
 
 
 class ConvNorm(nn.Module):
@@ -14,7 +18,7 @@ class ConvNorm(nn.Module):
     """
 
     def __init__(
-        self, cin: int, cout: int, kernel: int, stride: int = 1, act: Callable[[], nn.Module] | None = nn.ReLU, groups: int = 1
+        self, cin: int, cout: int, kernel: int, stride: int = 1, act: Callable[[], nn.Module] | None = ReLU, groups: int = 1
     ):
         super().__init__()
         self.conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)

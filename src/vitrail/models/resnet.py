@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.layers.block import DropPath
-from vitrail.layers.conv import ConvNorm
+from vitrail.layers.conv import ConvNorm, ReLU
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
 
@@ -48,7 +48,7 @@ class BasicBlock(nn.Module):
         self.conv2 = ConvNorm(inner, inner, 3, act=None)
         self.shortcut = ConvNorm(cin, inner, 1, stride, act=None) if stride > 1 or cin != inner else nn.Identity()
         self.drop_path = DropPath(drop_path)
-        self.act = nn.ReLU()
+        self.act = ReLU()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         """Post-activation residual."""
@@ -68,7 +68,7 @@ class Bottleneck(nn.Module):
         self.conv3 = ConvNorm(inner, cout, 1, act=None)
         self.shortcut = ConvNorm(cin, cout, 1, stride, act=None) if stride > 1 or cin != cout else nn.Identity()
         self.drop_path = DropPath(drop_path)
-        self.act = nn.ReLU()
+        self.act = ReLU()
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         """Post-activation residual."""

@@ -1,0 +1,44 @@
+"""torch.compile takes every family in one graph; these run in a process without the type checks, which would break the graph."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.compiler
+
+FULL_GRAPH = """
+import sys, torch
+from vitrail.layers.attention import record_attention
+from vitrail.models import create_model
+
+torch.set_num_threads(1)
+name = sys.argv[1]
+torch.manual_seed(0)
+model = create_model(name)
+torch.nn.init.normal_(model.head.linear.weight)
+x = torch.randn(2, 3, 16, 16)
+traced = torch.compile(model, fullgraph=True, backend="aot_eager")  # forward and backward as one graph each
+traced(x).square().sum().backward()
+got = {n: p.grad.clone() for n, p in model.named_parameters()}
+model.zero_grad()
+model(x).square().sum().backward()
+for n, p in model.named_parameters():
+    torch.testing.assert_close(got[n], p.grad, atol=2e-4, rtol=2e-3, msg=n)
+
+model = create_model(name, depth=1) if model.family == "vit" else model
+model.eval()
+compiled = torch.compile(model, fullgraph=True)
+with torch.inference_mode():
+    torch.testing.assert_close(compiled(x), model(x), atol=2e-5, rtol=1e-4)
+    if model.family != "resnet":
+        with record_attention(compiled) as maps:
+            compiled(x)
+        assert list(maps)[0] == "blocks.0.attn.site", list(maps)
+        torch.testing.assert_close(maps["blocks.0.attn.site"].sum(-1), torch.ones(2, 4, 17))
+print("same function")
+"""
+
+
+@pytest.mark.parametrize("name", ["vit_micro_patch4_16", "resnet_micro"])
+def test_compiles_to_a_full_graph(name: str, run_python) -> None:
+    assert "same function" in run_python(FULL_GRAPH, name)
