@@ -23,7 +23,7 @@ def opened(uri: str) -> Image.Image:
 
 def charts() -> dict[str, str]:
     rng = np.random.default_rng(0)
-    bins = [CalibrationBin(0.0, 0.5, 0, float("nan"), float("nan")), CalibrationBin(0.5, 1, 9, 0.8, 0.7)]
+    bins = [CalibrationBin(0.0, 0.5, 0, float("nan"), float("nan")), CalibrationBin(0.5, 1.0, 9, 0.8, 0.7)]
     names = ["$x_1", "猫", "🙂", "<b>"] + [f"c{i}" for i in range(26)]
     return {
         "curves": draw.curves({"training": ([1.0, 2.0, 3.0], [3.0, float("nan"), 1.0]), "validation": ([3.0], [2.0])}, "Loss"),

@@ -79,7 +79,7 @@ class Report:
         support = self.confusion.sum(1)
         order = np.argsort(-wrong, axis=None, kind="stable")[:count]
         pairs = [divmod(int(cell), len(self.classes)) for cell in order]
-        return [(self.classes[t], self.classes[a], int(wrong[t, a]), wrong[t, a] / support[t]) for t, a in pairs if wrong[t, a]]
+        return [(self.classes[t], self.classes[a], int(wrong[t, a]), float(wrong[t, a] / support[t])) for t, a in pairs if wrong[t, a]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; undefined numbers (nan) become None."""
@@ -215,11 +215,7 @@ def _multi_label(
     precision_of = np.full(k, np.nan)  # a label without a positive sample has no average precision
     for label in truth.any(0).nonzero()[:, 0].tolist():
         precision_of[label] = float(binary_average_precision(probabilities[:, label], truth[:, label]))
-    values: dict[str, Any] = {
-        "map": float(_class_mean(precision_of)),
-        "micro_f1": _micro_f1(*counts),
-        "macro_f1": _macro_f1(*counts),
-    }
+    values = {"map": _class_mean(precision_of), "micro_f1": _micro_f1(*counts), "macro_f1": _macro_f1(*counts)}
     spread: dict[str, list[Any]] = {name: [] for name in values}
     for weights in bootstrap.sample_weights(n, rng, bootstrap.fitting_resamples(n * k)):
         drawn = tuple((weights @ t.float()).double().numpy() for t in (given * truth, given, truth))

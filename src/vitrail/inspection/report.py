@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vitrail.checkpoints import load_model
@@ -103,11 +104,21 @@ def _context(run: RunRecord, model: Model, data: Data | None, report: Report) ->
         },
     }
     if data is not None and report.outputs is not None:
-        gallery = pictures.Gallery(getattr(data, report.split), preprocess, report.outputs)
+        gallery = _gallery(data, report, preprocess)
         context["mistakes"] = pictures.mistakes(gallery)
         context["attention"] = pictures.attention(model, gallery)
         context["data"] = training_data.summary(data, config, preprocess)
     return context
+
+
+def _gallery(data: Data, report: Report, preprocess: Preprocess) -> pictures.Gallery:
+    """The pictures behind an evaluation. Raises ConfigError if it is one of other pictures."""
+    dataset, outputs = getattr(data, report.split), report.outputs
+    assert outputs is not None
+    fits = dataset is not None and (not len(outputs.indices) or int(outputs.indices.max()) < len(dataset))
+    if not fits or not torch.equal(torch.from_numpy(dataset.targets)[outputs.indices], outputs.targets):
+        raise ConfigError(f"the evaluation is of other pictures than the {report.split} split of {data.name}")
+    return pictures.Gallery(dataset, preprocess, outputs)
 
 
 def _subtitle(run: RunRecord, model: Model, data: Data | None, report: Report) -> str:

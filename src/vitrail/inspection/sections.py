@@ -17,7 +17,7 @@ _SPLITS = {"val": "validation", "train": "training"}
 Context = dict[str, Any]
 
 
-def percent(value: float, n: float, digits: int | None = None) -> str:
+def percent(value: float, n: float | int, digits: int | None = None) -> str:
     """A fraction in percent without the sign, with the digits that n samples can carry; a dash where it is undefined."""
     if not math.isfinite(value):
         return "–"
@@ -91,16 +91,14 @@ def training(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
             drawn.append(draw.curves(there, title, percent=title in ("Accuracy", "Mean average precision")))
     about = (
         "Training values are means over the augmented pictures of the steps before each point, so they are usually worse than "
+        "those of the same weights on unchanged pictures. Validation values are of the whole validation set."
     )
-    about += "those of the same weights on unchanged pictures. Validation values are of the whole validation set."
     return {"charts": drawn, "about": about} if drawn else None
 
 
 def _line(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    points = [
-        (r["epoch"], math.nan if r[name] is None else r[name]) for r in records if name in r and r.get("epoch") is not None
-    ]
-    return [x for x, _ in points], [y for _, y in points]
+    there = [record for record in records if name in record and record.get("epoch") is not None]
+    return [float(r["epoch"]) for r in there], [math.nan if r[name] is None else float(r[name]) for r in there]
 
 
 def confusion(report: Report) -> Context:
@@ -123,13 +121,14 @@ def confusion(report: Report) -> Context:
     if len(report.classes) > MATRIX_CLASSES:
         about += "The colour is the share of the row; classes that are confused with each other lie side by side."
         return {"about": about, "rows": [], "chart": draw.confusion_chart(report.confusion, report.classes), "top": top}
-    support = report.confusion.sum(1)
-    rows = [
-        {"name": truth, "cells": [
-            _cell(count, support[i], i == j, f"{truth} called {answer}: {count} of {support[i]}")
-            for j, (answer, count) in enumerate(zip(report.classes, row, strict=True))]}
-        for i, (truth, row) in enumerate(zip(report.classes, report.confusion, strict=True))
-    ]  # fmt: skip
+    rows = []
+    for truth, counts in zip(report.classes, report.confusion.tolist(), strict=True):
+        total = sum(counts)
+        cells = [
+            _cell(count, total, answer == truth, f"{truth} called {answer}: {count} of {total}")
+            for answer, count in zip(report.classes, counts, strict=True)
+        ]
+        rows.append({"name": truth, "cells": cells})
     about += "The colour is the share of the row; the colour of mistakes is strengthened, so that single ones show."
     level = max(len(name) for name in report.classes) <= 3
     return {"about": about, "rows": rows, "names": report.classes, "level": level, "top": top}
@@ -139,7 +138,7 @@ def _cell(count: int, total: int, hit: bool, title: str) -> Context:
     share = count / total if total else 0.0
     alpha = 0.12 + 0.88 * (share if hit else math.sqrt(share))
     kind = f"{'hit' if hit else 'miss'}{' strong' if alpha > 0.55 else ''}"
-    return {"count": int(count), "alpha": f"{alpha:.3f}", "kind": kind, "title": title}
+    return {"count": count, "alpha": f"{alpha:.3f}", "kind": kind, "title": title}
 
 
 def classes(report: Report) -> Context:

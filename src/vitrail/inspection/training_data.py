@@ -9,7 +9,6 @@ from vitrail.config import Preprocess, RunConfig
 from vitrail.data import Data, TrainLoader
 from vitrail.data.augment import DeviceAugment
 from vitrail.data.mixing import mix_batch
-from vitrail.data.samples import sample_weights
 from vitrail.data.transforms import Normalise
 from vitrail.inspection import draw
 from vitrail.inspection.sections import Context
@@ -20,7 +19,8 @@ NAMED = 30  # unreadable files
 
 def summary(data: Data, config: RunConfig, preprocess: Preprocess) -> Context:
     """The data section."""
-    splits, bad = [], []
+    shown = augmented(data, config, preprocess) if data.train is not None and len(data.train) else {"augmented": []}
+    splits, bad = [], []  # counted after reading pictures for this page, so that what could not be read is among them
     for name, dataset in data.splits().items():
         counts = dataset.class_counts()
         smallest, largest = int(counts.argmin()), int(counts.argmax())
@@ -35,17 +35,16 @@ def summary(data: Data, config: RunConfig, preprocess: Preprocess) -> Context:
         )
         bad += [f"{name}: {file}: {reason}" for file, reason in dataset.bad]
     more = [f"and {len(bad) - NAMED:,} more"] if len(bad) > NAMED else []
-    context = {
-        "about": f"{data.name}: {len(data.classes)} {'labels, any number a picture' if data.multi_label else 'classes'}.",
+    return {
+        "about": f"{data.name}: {len(data.classes)} {'labels, any number a picture' if data.multi_label else 'classes'}. "
+        "Unreadable are those met while this page was made: all of the evaluated split, and of sets that fit into memory; "
+        "vitrail data check reads every picture.",
         "splits": splits,
         "notes": data.notes,
         "bad": bad[:NAMED] + more,
         "hard": max(preprocess.image_size) <= draw.SMALL_PICTURE,
-        "augmented": [],
+        **shown,
     }
-    if data.train is not None and len(data.train):
-        context |= augmented(data, config, preprocess)
-    return context
 
 
 def augmented(data: Data, config: RunConfig, preprocess: Preprocess) -> Context:
@@ -55,14 +54,13 @@ def augmented(data: Data, config: RunConfig, preprocess: Preprocess) -> Context:
         data.train, preprocess=preprocess, augment=config.augment, batch_size=config.batch_size,
         accumulate=config.accumulate, seed=config.seed, workers=0,
         mode="exact" if config.data_config.decode == "exact" else "scaled",
-        weights=sample_weights(data.train, config.objective.balance_power) if config.objective.balance == "sampler" else None,
     )  # fmt: skip
-    stream = loader.batches(0)
-    batch = next(stream)
-    stream.close()
+    batch = next(loader.batches(0))
     normalise = Normalise(preprocess)
     images = normalise(DeviceAugment(config.augment)(batch.images, batch.keys, config.seed))
     about = "after cropping and augmentation"
+    if config.objective.balance == "sampler":
+        about += ", in the order they would have without the balancing sampler"
     if config.augment.mixup or config.augment.cutmix:
         classes = len(data.classes)
         soft = batch.targets if data.multi_label else nn.functional.one_hot(batch.targets, classes).float()
