@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -271,7 +272,7 @@ def test_random_transforms_inside_a_data_set_become_reproducible() -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_started_in_any_way(tmp_path: Path, method: str, run_python: object) -> None:
+def test_workers_started_in_any_way(tmp_path: Path, method: str, run_python: Callable[..., str]) -> None:
     """In a process of its own: the way of starting belongs to the whole process."""
     write_shards(tmp_path / "s", pictures({"train": 8}))
     code = """
@@ -285,18 +286,15 @@ if __name__ == "__main__":
     data = open_data(sys.argv[2], DataConfig(val_fraction=0)).train
     sums = []
     for workers in (0, 1):
-        made = TrainLoader(data, preprocess=Preprocess(image_size=(16, 16)), augment=AugmentConfig(), batch_size=8, workers=workers)
+        size = Preprocess(image_size=(16, 16))
+        made = TrainLoader(data, preprocess=size, augment=AugmentConfig(), batch_size=8, workers=workers)
         sums.append([int(b.images.long().sum()) for b in itertools.islice(made.batches(), 4)])
     print(sums[0] == sums[1], len(set(sums[0])))
 """
     script = tmp_path / "script.py"
     script.write_text(code)
-    out = run_python(
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
-        str(script),
-        method,
-        str(tmp_path / "s"),
-    )  # type: ignore[operator]
+    run = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    out = run_python(run, str(script), method, str(tmp_path / "s"))
     assert out.split() == ["True", "4"]
 
 

@@ -61,7 +61,7 @@ def test_several_pictures_in_a_sample(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"several pictures \(left.jpg, right.jpg\); choose one with image_column"):
         open_data(shard)
     assert open_data(shard, DataConfig(image_column="right.jpg", val_fraction=0)).train.read(0) == B
-    with pytest.raises(DataError, match="unknown member 'rihgt.jpg': did you mean 'right.jpg'"):
+    with pytest.raises(DataError, match=r"unknown member 'rihgt.jpg': did you mean 'right.jpg'"):
         open_data(shard, DataConfig(image_column="rihgt.jpg"))
 
 

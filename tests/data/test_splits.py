@@ -92,7 +92,7 @@ def test_the_share_held_out_is_that_asked_for_in_every_class() -> None:
     held, _ = cut_validation(rng.random(4400), targets, 0.15)
     assert abs(held[targets == 0].mean() - 0.15) < 0.02
     assert abs(held[targets == 1].mean() - 0.15) < 0.05
-    with pytest.raises(ConfigError, match="val_fraction: 1.5"):
+    with pytest.raises(ConfigError, match=r"val_fraction: 1.5"):
         cut_validation(rng.random(3), np.zeros(3, np.int64), 1.5)
 
 

@@ -34,6 +34,7 @@ from vitrail.data.samples import DataError, ImageDataset
 from vitrail.data.transforms import decode_for_eval, decode_for_train
 from vitrail.data.workers import PREFETCH, choose_workers, sample_cost
 
+_64_BITS = 2**64 - 1
 _TRIES = 1000  # unreadable samples in a row before training gives up
 
 
@@ -316,8 +317,11 @@ def _as_it_is(answer: Any) -> Any:
 
 
 def _number(seed: int, first: int, index: int) -> int:
-    """32 bits (all that torch's CPU generator uses of a seed) that are unlike for any two samples."""
-    return int(np.random.SeedSequence((seed, first, index)).generate_state(1, np.uint32)[0])
+    """32 bits (all that torch's CPU generator uses of a seed) that look unrelated for any two samples: MurmurHash3's mixer."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + first * 0xC2B2AE3D27D4EB4F + index * 0x165667B19E3779F9) & _64_BITS
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        mixed = (mixed ^ mixed >> 33) * factor & _64_BITS
+    return (mixed ^ mixed >> 33) >> 32
 
 
 @contextmanager

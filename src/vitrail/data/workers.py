@@ -20,7 +20,7 @@ def sample_cost(dataset: ImageDataset, preprocess: Preprocess, decoded: bool) ->
         return 1e-3
     sizes = dataset.sizes()
     area = float(sizes.prod(1).mean()) if len(sizes) else 0.0
-    fit = 10e-9 * preprocess.image_size[0] * preprocess.image_size[1] + 2e-9 * area
+    fit = 80e-6 + 10e-9 * preprocess.image_size[0] * preprocess.image_size[1] + 2e-9 * area
     return fit if decoded else fit + 50e-6 + 8e-9 * area
 
 
