@@ -63,7 +63,9 @@ def run(words: Sequence[str]) -> None:
     arguments = parse(Arguments, words, prog="vitrail train", examples=EXAMPLES, default=defaults)
     from vitrail.runs import train
 
-    train(base, resume=arguments.resume or False, **explicit(words, arguments, base))
+    run = train(base, resume=arguments.resume or False, **explicit(words, arguments, base))
+    if run.config.report and run.is_main:
+        print(f"report    {run.path / 'report.html'}  (open it in a browser)")
 
 
 def starting_point(words: Sequence[str]) -> RunConfig:
