@@ -155,7 +155,7 @@ def check_data(data: Data, *, channels: int = 3, progress: bool = True) -> DataC
     """
     splits = data.splits()
     samples: list[Sample] = []
-    broken = [(Sample(split, name, ""), reason) for split, part in splits.items() for name, reason in part.bad]
+    broken: list[tuple[Sample, str]] = []
     digests: list[bytes] = []
     sizes: list[tuple[int, int]] = []
     waiting: list[Tensor] = []
@@ -178,6 +178,9 @@ def check_data(data: Data, *, channels: int = 3, progress: bool = True) -> DataC
         if len(waiting) == _PIECE:
             _reduce(waiting, hashes, thumbs)
     _reduce(waiting, hashes, thumbs)
+    named = {(sample.split, sample.name) for sample, _ in broken}
+    gone = [(Sample(split, name, ""), reason) for split, part in splits.items() for name, reason in part.bad]
+    broken += [(sample, reason) for sample, reason in gone if (sample.split, sample.name) not in named]
     copies = _copies(samples, digests, np.concatenate(hashes), np.concatenate(thumbs)) if samples else ()
     counts = {split: len(dataset) for split, dataset in splits.items()}
     class_counts = {

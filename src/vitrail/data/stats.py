@@ -83,7 +83,8 @@ def data_stats(data: Data, *, channels: int = 3, progress: bool = True) -> DataS
     splits = data.splits()
     measured_split = next(iter(splits))
     sizes: list[tuple[int, int]] = []
-    means, squares, grey, unreadable = [], [], 0, sum(len(part.bad) for part in splits.values())
+    means, squares, grey = [], [], 0
+    unreadable = {(split, name) for split, part in splits.items() for name, _ in part.bad}
     endings: Counter[str] = Counter()
 
     def measure(dataset: ImageDataset, index: int) -> _Measured:
@@ -91,7 +92,7 @@ def data_stats(data: Data, *, channels: int = 3, progress: bool = True) -> DataS
 
     for split, index, result in each_sample(data, measure, "measuring", progress):
         if isinstance(result, Exception):
-            unreadable += 1
+            unreadable.add((split, splits[split].names(index)))
             continue
         sizes.append(result.size)
         grey += result.grey
@@ -118,7 +119,7 @@ def data_stats(data: Data, *, channels: int = 3, progress: bool = True) -> DataS
         endings=dict(endings.most_common()),
         grey=grey,
         pictures=len(sizes),
-        unreadable=unreadable,
+        unreadable=len(unreadable),
     )
 
 
