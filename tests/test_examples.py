@@ -1,0 +1,40 @@
+"""The examples run, on less data and for fewer steps than their defaults."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_drawn_shapes_then_look_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = example("drawn_shapes")
+    shapes.main(out=tmp_path / "run", samples=80, epochs=2.0)
+    assert capsys.readouterr().out.rstrip().endswith("%)")
+    picture, _ = shapes.Shapes(1)[0]
+    picture.save(tmp_path / "one.png")
+    example("look_inside").main(tmp_path / "run", (tmp_path / "one.png",), out=tmp_path / "attention")
+    with Image.open(tmp_path / "attention" / "one.png") as drawn:
+        assert drawn.width == 2 * drawn.height
+    assert "attention distance per layer" in capsys.readouterr().out
+
+
+def test_vit_or_cnn_compares_both(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example("vit_or_cnn").main(str(picture_folder), minutes=0.01, image_size=16, out=tmp_path / "runs")
+    said = capsys.readouterr().out
+    assert "vit      seed 0" in said
+    assert "resnet   seed 0" in said
