@@ -1,6 +1,6 @@
 """What does a trained ViT look at? Writes one picture per input: where the last layer attends, and the rollout.
 
-    python examples/look_inside.py runs/photos holiday/1.jpg holiday/2.jpg
+python examples/look_inside.py runs/photos holiday/1.jpg holiday/2.jpg
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A Vision Transformer or a convolutional network for MY pictures? Train both alike and compare with intervals.
 
-    python examples/vit_or_cnn.py photos/ --minutes 5
+python examples/vit_or_cnn.py photos/ --minutes 5
 """
 
 from __future__ import annotations
