@@ -12,7 +12,7 @@ from tests.data.layouts import pictures, write_csv, write_jsonl, write_parquet
 from tests.data.pictures import encode, photo
 
 from vitrail.config import DataConfig
-from vitrail.data import DataError, open_data
+from vitrail.data import DataError, check_data, open_data
 from vitrail.data.parquet import ParquetStore
 
 ALL = DataConfig(val_fraction=0)
@@ -186,3 +186,19 @@ def test_class_folders_win_over_a_table_beside_them(tmp_path: Path) -> None:
     data = open_data(tmp_path / "files", ALL)
     assert data.classes[0] == "test-ant"
     assert len(open_data(table).classes) == 3
+
+
+def test_row_groups_are_read_in_the_order_of_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pictures({"": 40})
+    path = tmp_path / "t.parquet"
+    rows = [{"image": data, "label": label} for (_, label, _), data in made.items()]  # classes lie mixed in every group
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=10)
+    monkeypatch.setattr("vitrail.data.parquet.MEMORY_LIMIT", 0)
+    monkeypatch.setattr("vitrail.data.parquet.GROUP_LIMIT", 0)
+    data = open_data(path, ALL)
+    loaded: list[list[int]] = []
+    column = ParquetStore._column
+    monkeypatch.setattr(ParquetStore, "_column", lambda store, groups: loaded.append(groups) or column(store, groups))
+    assert check_data(data, progress=False).ok
+    assert {group for groups in loaded for group in groups} == set(range(12))
+    assert len(loaded) <= 40  # once each, and again where threads cross; in the order of classes it would be 120

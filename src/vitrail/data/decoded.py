@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -75,7 +75,9 @@ def keep_fitted(dataset: ImageDataset, preprocess: Preprocess, mode: DecodeMode)
             picture = decode_for_eval(dataset.read(index), preprocess, mode=mode, max_pixels=dataset.max_pixels)
             pixels[index] = picture.permute(1, 2, 0)
 
-        reasons = {index: str(problem) for index, problem in enumerate(for_each(fit, len(dataset))) if problem is not None}
+        reasons = {
+            index: str(problem) for index, problem in enumerate(for_each(fit, range(len(dataset)))) if problem is not None
+        }
         dataset.keep(key, FittedPictures(pixels, reasons))
     return dataset.pixels[key]
 
@@ -95,7 +97,7 @@ def keep_whole(dataset: ImageDataset, channels: int) -> WholePictures | None:
         def decode(index: int) -> Tensor:
             return decode_image(dataset.read(index), channels=channels, max_pixels=dataset.max_pixels)
 
-        for index, picture in enumerate(for_each(decode, len(dataset))):
+        for index, picture in enumerate(for_each(decode, range(len(dataset)))):
             if isinstance(picture, Exception):
                 reasons[index] = str(picture)
                 continue
@@ -109,8 +111,8 @@ def keep_whole(dataset: ImageDataset, channels: int) -> WholePictures | None:
     return dataset.pixels[key]
 
 
-def for_each(work: Callable[[int], T], number: int) -> Iterator[T | Exception]:
-    """`work(0)`, `work(1)`, ... on all cores (decoders release the interpreter), in order and in bounded memory.
+def for_each(work: Callable[[int], T], indices: Iterable[int]) -> Iterator[T | Exception]:
+    """`work(index)` of each, on all cores (decoders release the interpreter), in order and in bounded memory.
 
     What `work` raises because a picture is unreadable (OSError, ValueError) is yielded in place of its result.
     """
@@ -124,7 +126,7 @@ def for_each(work: Callable[[int], T], number: int) -> Iterator[T | Exception]:
     cores = available_cores()
     with ThreadPoolExecutor(cores) as pool:
         ahead: deque[Future[T | Exception]] = deque()
-        for index in range(number):
+        for index in indices:
             ahead.append(pool.submit(guarded, index))
             if len(ahead) > _AHEAD * cores:
                 yield ahead.popleft().result()

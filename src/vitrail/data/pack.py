@@ -47,8 +47,8 @@ def pack_data(
 
     size: pictures whose shorter side is longer are resized to it (antialiased bicubic) and saved as JPEG of that `quality`
     (1 to 100); all others are kept as they are, byte by byte. None keeps every picture. Pick the input size divided by the
-    crop fraction, or more to leave random crops some detail. Splits, order, names and class names are kept, and so are
-    content keys: subsets of the packed set hold the same samples.
+    crop fraction, or more to leave random crops some detail. Splits, names and class names are kept, and so are content
+    keys: the packed set has the same samples in the same canonical order, and its subsets are the same.
     The folder appears when it is complete, or not at all. Raises ConfigError when it exists or a setting is out of
     range, DataError when no picture can be read.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from functools import cached_property
@@ -25,7 +26,7 @@ class ParquetStore(Store):
     random order pays for a group each time (see `notes`).
     """
 
-    def __init__(self, path: str | Path, column: str, memory_limit: int = MEMORY_LIMIT) -> None:
+    def __init__(self, path: str | Path, column: str, memory_limit: int | None = None) -> None:
         self.path, self.name = str(path), column
         metadata = pq.read_metadata(path)
         groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
@@ -34,8 +35,9 @@ class ParquetStore(Store):
         self.sizes = [
             sum(c.total_uncompressed_size for c in part if c.path_in_schema.split(".")[0] == column) for part in chunks
         ]
-        self.in_memory = sum(self.sizes) <= memory_limit
+        self.in_memory = sum(self.sizes) <= (MEMORY_LIMIT if memory_limit is None else memory_limit)
         self._groups: OrderedDict[int, ColumnStore] = OrderedDict()
+        self._lock = threading.Lock()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -71,16 +73,21 @@ class ParquetStore(Store):
 
     def read(self, row: int) -> Picture:
         """Encoded bytes, or a path where the row holds only that."""
-        if self.in_memory:
-            return self._whole.read(row)
-        group = bisect_right(self.starts, row) - 1
-        if group not in self._groups:
-            self._groups[group] = self._column([group])
-            while len(self._groups) > 1 and sum(self.sizes[kept] for kept in self._groups) > GROUP_LIMIT:
-                self._groups.popitem(last=False)
-        self._groups.move_to_end(group)
-        return self._groups[group].read(row - self.starts[group])
+        with self._lock:
+            if self.in_memory:
+                return self._whole.read(row)
+            group = bisect_right(self.starts, row) - 1
+            if group not in self._groups:
+                self._groups[group] = self._column([group])
+                # Two at least: threads that read one after the other cross from group to group at different times.
+                while len(self._groups) > 2 and sum(self.sizes[kept] for kept in self._groups) > GROUP_LIMIT:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(group)
+            return self._groups[group].read(row - self.starts[group])
 
     def __getstate__(self) -> dict[str, Any]:
-        lean = {key: value for key, value in self.__dict__.items() if key not in ("_file", "_whole")}
+        lean = {key: value for key, value in self.__dict__.items() if key not in ("_file", "_whole", "_lock")}
         return {**lean, "_groups": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())

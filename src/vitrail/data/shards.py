@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import tarfile
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
@@ -261,6 +262,7 @@ class ShardStore(Store):
         self.paths = [str(Path(path).absolute()) for path in paths]
         self.places = places
         self._maps: OrderedDict[int, mmap.mmap] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.places)
@@ -275,13 +277,17 @@ class ShardStore(Store):
 
     def _map(self, shard: int) -> mmap.mmap:
         """The shard in memory: a mapping has no position that forked processes could disturb."""
-        if shard not in self._maps:
-            with open(self.paths[shard], "rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            if len(self._maps) > OPEN_LIMIT:
-                self._maps.popitem(last=False)
-        self._maps.move_to_end(shard)
-        return self._maps[shard]
+        with self._lock:
+            if shard not in self._maps:
+                with open(self.paths[shard], "rb") as file:
+                    self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                if len(self._maps) > OPEN_LIMIT:
+                    self._maps.popitem(last=False)
+            self._maps.move_to_end(shard)
+            return self._maps[shard]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": OrderedDict()}
+        return {"paths": self.paths, "places": self.places}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _maps=OrderedDict(), _lock=threading.Lock())

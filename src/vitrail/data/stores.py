@@ -53,7 +53,7 @@ def _digest(length: int, head: bytes, tail: bytes) -> bytes:
 
 
 class Store:
-    """Random access to raw pictures by row; rows never change. Every store can be pickled and read in loader processes.
+    """Random access to raw pictures by row; rows never change. A store can be pickled, and read by processes and threads.
 
     random: reading may draw from the global random generators, which a loader then seeds for every sample.
     """

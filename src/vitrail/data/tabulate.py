@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -36,7 +37,8 @@ def each_sample(
 ) -> Iterator[tuple[str, int, T | Exception]]:
     """(split, index, what `work` returned, or why the picture is unreadable) for every sample of every split.
 
-    `work` runs in several threads. progress: a bar on stderr where that is a terminal.
+    Samples come in the order in which their source stores them; `work` runs in several threads. progress: a bar on stderr
+    where that is a terminal.
     """
     splits = data.splits()
     console = Console(stderr=True)
@@ -44,6 +46,7 @@ def each_sample(
     with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task(what, total=sum(len(dataset) for dataset in splits.values()))
         for split, dataset in splits.items():
-            for index, result in enumerate(for_each(partial(work, dataset), len(dataset))):
+            stored = np.argsort(dataset.rows, kind="stable").tolist()
+            for index, result in zip(stored, for_each(partial(work, dataset), stored), strict=True):
                 yield split, index, result
                 bar.advance(task)
