@@ -182,6 +182,16 @@ def test_an_evaluation_of_other_pictures_is_refused(picture_folder: Path, tmp_pa
         write_report(run, report=report)
 
 
+def test_what_the_evaluation_could_not_read_is_named(run: Path) -> None:
+    """Also where somebody else evaluated, so that nobody has read the data set opened for the page."""
+    config = DataConfig(val_fraction=0.4)
+    report = evaluate(model_for(), open_data(run.parent / "data", config), split="train", device="cpu", progress=False)
+    unread = open_data(run.parent / "data", config)
+    page = Page(write_report(run, data=unread, report=replace(report, notes=())))
+    assert "torn <1>.png" in page.text["result"]
+    assert page.text["data"].count("torn <1>.png") == 1
+
+
 def test_without_its_data_the_stored_evaluation_is_shown(picture_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(picture_folder, data)

@@ -79,7 +79,11 @@ class Report:
         support = self.confusion.sum(1)
         order = np.argsort(-wrong, axis=None, kind="stable")[:count]
         pairs = [divmod(int(cell), len(self.classes)) for cell in order]
-        return [(self.classes[t], self.classes[a], int(wrong[t, a]), float(wrong[t, a] / support[t])) for t, a in pairs if wrong[t, a]]
+        return [
+            (self.classes[t], self.classes[a], int(wrong[t, a]), float(wrong[t, a] / support[t]))
+            for t, a in pairs
+            if wrong[t, a]
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; undefined numbers (nan) become None."""

@@ -96,17 +96,19 @@ def calibration(bins: Sequence[CalibrationBin]) -> Markup:
         return svg(figure, "calibration diagram")
 
 
-def distances(layers: Sequence[Float[Tensor, " k"]], farthest: float) -> Markup:
-    """Mean attention distance in pixels of every head, layer by layer; `farthest` is the picture's diagonal in pixels."""
+def distances(layers: Sequence[Float[Tensor, " k"]], even: float) -> Markup:
+    """Mean attention distance in pixels of every head, layer by layer; `even` is that of attention to all patches alike."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
         axes = figure.subplots()
         depth = np.arange(1, len(layers) + 1)
         for layer, heads in zip(depth, layers, strict=True):
             axes.scatter([layer] * len(heads), heads.tolist(), s=18, color=ACCENT, alpha=0.75, linewidth=0)
-        axes.plot(depth, [float(heads.mean()) for heads in layers], color=MUTED, linewidth=1)
-        axes.set(xlabel="layer", ylim=(0, None), xlim=(0.5, len(layers) + 0.5))
-        axes.set_title(f"Distance looked at, pixels (diagonal {farthest:.0f})")
+        axes.axhline(even, linestyle="--", color=MUTED, linewidth=1)
+        axes.plot(depth, [float(heads.mean()) for heads in layers], color=ACCENT, linewidth=1)
+        highest = max(even, *(float(heads.max()) for heads in layers))
+        axes.set(xlabel="layer", ylim=(0, 1.08 * highest), xlim=(0.5, len(layers) + 0.5))
+        axes.set_title("Mean distance in pixels")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         return svg(figure, "mean attention distance by layer")
 
@@ -197,5 +199,6 @@ def overlay(picture: UInt8[Tensor, "c h w"], attention: Float[Tensor, "rows colu
     strength = (attention / attention.max().clamp_min(1e-12)).float().cpu().numpy()
     panes = Image.fromarray((255 * strength).round().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
     light = np.asarray(panes, dtype=np.float32)[..., None] / 255
-    lit = np.asarray(image, dtype=np.float32) * (0.3 + 0.45 * light) + np.array(_AMBER, np.float32) * 0.6 * light
-    return Image.fromarray(lit.clip(0, 255).astype(np.uint8))
+    shown = np.asarray(image, dtype=np.float32) * (0.22 + 0.78 * light)
+    glow = np.array(_AMBER, np.float32) * 0.65 * light * (1 - shown / 255)  # black glass has to show its light too
+    return Image.fromarray((shown + glow).clip(0, 255).astype(np.uint8))

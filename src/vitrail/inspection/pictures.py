@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +15,12 @@ from vitrail.data import ImageDataset
 from vitrail.data.transforms import Normalise, decode_for_eval
 from vitrail.evaluation.metrics import LABEL_THRESHOLD, Outputs
 from vitrail.inspection import draw
-from vitrail.inspection.attention import AttentionView, look
+from vitrail.inspection.attention import AttentionView, attention_distance, look
 from vitrail.inspection.sections import Context, percent
 from vitrail.models import Model
 
-CARDS = 12  # pictures in a group of mistakes
-LOOKED_AT = 9  # pictures with attention maps
+CARDS = 10  # pictures in a group of mistakes
+LOOKED_AT = 8  # pictures with attention maps
 MEASURED = 32  # pictures behind the attention distances
 
 
@@ -46,11 +45,20 @@ class Gallery:
 
     def picture(self, row: int) -> UInt8[Tensor, "c h w"]:
         """The picture as the model gets it, before normalisation."""
-        return decode_for_eval(self.dataset.read(int(self.outputs.indices[row])), self.preprocess)
+        picture = self.dataset.read(int(self.outputs.indices[row]))
+        return decode_for_eval(picture, self.preprocess, max_pixels=self.dataset.max_pixels)
 
     def name(self, row: int) -> str:
         """The sample's name."""
         return self.dataset.names(int(self.outputs.indices[row]))
+
+    def find_unreadable(self) -> None:
+        """Let the data set know which of its pictures the answers lack, and why: nobody may have read it in this process."""
+        for index in sorted(set(range(len(self.dataset))) - set(self.outputs.indices.tolist())):
+            try:
+                decode_for_eval(self.dataset.read(index), self.preprocess, max_pixels=self.dataset.max_pixels)
+            except (OSError, ValueError) as problem:
+                self.dataset.bad.add(self.dataset.names(index), str(problem))
 
     def labels(self, chosen: Tensor) -> str:
         """The names of the classes that are set in a row (k,) of 0 and 1."""
@@ -133,8 +141,8 @@ def attention(model: Model, gallery: Gallery) -> Context:
         }
     first = shown[0][1]
     about = (
-        f"Each pane is one patch; the brighter, the more of its attention {first.asking} gives it, next to the brightest pane "
-        "of the same picture. Last layer: averaged over its heads. Rollout: all layers multiplied together, skip connections "
+        f"Each pane is one patch; the brighter it is, the more attention it gets from {first.asking}, relative to the brightest "
+        "pane of the same picture. Last layer: averaged over its heads. Rollout: all layers multiplied together, skip connections "
         f"counted as half. Shown are {chosen}."
     )
     if first.asking.startswith("the mean"):
@@ -144,13 +152,17 @@ def attention(model: Model, gallery: Gallery) -> Context:
         for name in first.distances
     }
     height, width = gallery.preprocess.image_size
+    _, rows_of, columns = first.last.shape[1:]
+    everything = torch.ones(1, 1, rows_of * columns, rows_of * columns)
+    even = attention_distance(everything, (1, rows_of, columns), (height // rows_of, width // columns), 0)
     return {
         "about": about,
         "cards": [_card(gallery, row, view) for row, view in shown],
         "hard": gallery.hard,
-        "distances": draw.distances(list(far.values()), math.hypot(height, width)),
+        "distances": draw.distances(list(far.values()), float(even.mean())),
         "distance_about": "Mean distance between a patch and what it attends to, weighted by attention: a dot is a head, the "
-        f"line the mean of a layer, over n = {len(measured)} pictures spread evenly over the set.",
+        f"line the mean of a layer, the dashed line attention to all patches alike; n = {len(measured)} pictures spread evenly "
+        f"over the set, {height} x {width} pixels.",
     }
 
 
@@ -174,11 +186,11 @@ def _chosen(gallery: Gallery) -> tuple[list[int], str]:
         if right[row]:
             first.setdefault(label, row)
     classes = sorted(first)
-    picked = np.unique(np.linspace(0, len(classes) - 1, min(len(classes), LOOKED_AT - 3)).astype(int))
+    picked = np.unique(np.linspace(0, len(classes) - 1, min(len(classes), LOOKED_AT - 2)).astype(int))
     wrong = (answers != truth).nonzero()[:, 0]
-    confident = wrong[sure[wrong].argsort(descending=True, stable=True)][:3].tolist()
+    confident = wrong[sure[wrong].argsort(descending=True, stable=True)][:2].tolist()
     rows = [*(first[classes[i]] for i in picked), *confident]
-    return rows, "the first rightly answered picture of up to six classes, and the three most confident mistakes"
+    return rows, "the first rightly answered picture of up to six classes, and the two most confident mistakes"
 
 
 def _card(gallery: Gallery, row: int, view: AttentionView) -> Context:

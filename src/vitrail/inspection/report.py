@@ -83,11 +83,15 @@ def _context(run: RunRecord, model: Model, data: Data | None, report: Report) ->
     preprocess = (model.card.preprocess if model.card else None) or Preprocess(
         image_size=model.config.image_size, channels=model.config.in_channels
     )
+    weights = "The moving average of the weights" if config.optim.ema else "The final weights"
+    gallery = None if data is None or report.outputs is None else _gallery(data, report, preprocess)
+    if gallery is not None and len(gallery.dataset.bad) and gallery.dataset.bad.summary() not in report.notes:
+        report = replace(report, notes=(*report.notes, gallery.dataset.bad.summary()))
     context: dict[str, Any] = {
         "title": f"{data.name if data else Path(config.data).stem or run.path.name} · {model.name or model.family}",
         "subtitle": _subtitle(run, model, data, report),
         "made": f"{datetime.now():%d %B %Y, %H:%M}".lstrip("0"),
-        "result": sections.result(report, count_parameters(model), run.minutes, _caution(data, report)),
+        "result": sections.result(report, count_parameters(model), run.minutes, weights, _caution(data, report)),
         "training": sections.training(run.of_kind("train"), run.of_kind("eval"), config.objective.loss),
         "confusion": sections.confusion(report),
         "classes": sections.classes(report),
@@ -103,8 +107,7 @@ def _context(run: RunRecord, model: Model, data: Data | None, report: Report) ->
             "config": dump(config),
         },
     }
-    if data is not None and report.outputs is not None:
-        gallery = _gallery(data, report, preprocess)
+    if gallery is not None and data is not None:
         context["mistakes"] = pictures.mistakes(gallery)
         context["attention"] = pictures.attention(model, gallery)
         context["data"] = training_data.summary(data, config, preprocess)
@@ -118,7 +121,9 @@ def _gallery(data: Data, report: Report, preprocess: Preprocess) -> pictures.Gal
     fits = dataset is not None and (not len(outputs.indices) or int(outputs.indices.max()) < len(dataset))
     if not fits or not torch.equal(torch.from_numpy(dataset.targets)[outputs.indices], outputs.targets):
         raise ConfigError(f"the evaluation is of other pictures than the {report.split} split of {data.name}")
-    return pictures.Gallery(dataset, preprocess, outputs)
+    gallery = pictures.Gallery(dataset, preprocess, outputs)
+    gallery.find_unreadable()
+    return gallery
 
 
 def _subtitle(run: RunRecord, model: Model, data: Data | None, report: Report) -> str:

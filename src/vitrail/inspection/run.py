@@ -72,7 +72,7 @@ def environment(device: str) -> list[tuple[str, str]]:
             continue
     if commit := source_commit(Path(__file__)):
         rows.append(("vitrail commit", commit))
-    rows += [("system", platform.platform(terse=True)), ("processor", f"{processor()}, {torch.get_num_threads()} threads")]
+    rows += [("system", platform.platform(terse=True)), ("processor", processor()), ("threads", str(torch.get_num_threads()))]
     if device.startswith("cuda") and torch.cuda.is_available():
         rows.append(("accelerator", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"))
     return rows

@@ -24,8 +24,11 @@ def percent(value: float, n: float | int, digits: int | None = None) -> str:
     return f"{100 * value:.{(1 if n < 10_000 else 2) if digits is None else digits}f}"
 
 
-def result(report: Report, parameters: int, minutes: float | None, caution: str = "") -> Context:
-    """The headline number with its interval, and the other numbers around it; `caution`: how the pictures were used before."""
+def result(report: Report, parameters: int, minutes: float | None, weights: str, caution: str) -> Context:
+    """The headline number with its interval, and the other numbers around it.
+
+    weights: which weights were measured, the beginning of a sentence; caution: how the pictures were used before.
+    """
     metrics, n = report.metrics, report.metrics["n"]
     name = report.headline
     low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
@@ -47,7 +50,7 @@ def result(report: Report, parameters: int, minutes: float | None, caution: str 
     support = np.array([row["support"] for row in report.per_class])
     chance = None if report.multi_label else float(support.max() / support.sum())
     return {
-        "about": f"Measured on the {_SPLITS.get(report.split, report.split or 'given')} pictures. {caution}",
+        "about": f"{weights} on the {_SPLITS.get(report.split, report.split or 'given')} pictures. {caution}",
         "interval": "The interval is a bootstrap over these pictures: it shows how far the number would move with another "
         "sample of this size, not with another training run.",
         "value": percent(metrics[name], n),
@@ -156,7 +159,7 @@ def classes(report: Report) -> Context:
         rows.append({"name": row["class"], "cells": cells})
     about = "Weakest first. Recall: how many of a class's pictures were found; precision: how many answers of that name "
     about += "were right; F1: their harmonic mean."
-    if any(not math.isfinite(row["f1"]) for row in weakest):
+    if any(not math.isfinite(row[key]) for row in weakest for key in keys):
         about += " A dash: these pictures have no such class, or it was never answered."
     columns = ["pictures", "recall", "precision", "F1", *(["average precision"] if report.multi_label else [])]
     return {"about": about, "columns": columns, "rows": rows[:TABLE_CLASSES], "more": rows[TABLE_CLASSES:]}
@@ -170,7 +173,8 @@ def calibration(report: Report) -> Context:
     what = "label decisions" if report.multi_label else "answers"
     about = (
         f"A point on the dashed line means: of the {what} given with that probability, so many were right. On average the "
-        f"model is {percent(abs(mean_gap), answers)} points {tendency}; n = {answers:,} {what}."
+        f"model is {percent(abs(mean_gap), answers)} points {tendency}. The expected calibration error is "
+        f"{percent(report.metrics['ece'], answers)} points; n = {answers:,} {what}."
     )
     return {"about": about, "chart": draw.calibration(report.calibration)}
 

@@ -13,7 +13,7 @@ from vitrail.data.transforms import Normalise
 from vitrail.inspection import draw
 from vitrail.inspection.sections import Context
 
-SHOWN = 30  # augmented pictures
+SHOWN = 36  # augmented pictures
 NAMED = 30  # unreadable files
 
 
@@ -28,8 +28,8 @@ def summary(data: Data, config: RunConfig, preprocess: Preprocess) -> Context:
             {
                 "name": name,
                 "count": f"{len(dataset):,}",
-                "smallest": f"{counts[smallest]:,} ({data.classes[smallest]})",
-                "largest": f"{counts[largest]:,} ({data.classes[largest]})",
+                "smallest": f"{counts[smallest]:,} of {data.classes[smallest]}",
+                "largest": f"{counts[largest]:,} of {data.classes[largest]}",
                 "bad": f"{len(dataset.bad):,}",
             }
         )
