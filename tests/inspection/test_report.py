@@ -147,7 +147,7 @@ def test_odd_names_mixed_pictures_and_mean_pooling(picture_folder: Path, tmp_pat
     page = Page(write_report(run_in(tmp_path / "run", str(tmp_path / "all.csv"), model, augment=AugmentConfig(mixup=0.8))))
     assert names[0] in page.text["classes"]
     assert "<script" not in page.source
-    assert "no class token to ask" in page.text["attention"]
+    assert "no single token is asked" in page.text["attention"]
     assert "and mixing" in page.text["data"]
 
 

@@ -141,12 +141,12 @@ def attention(model: Model, gallery: Gallery) -> Context:
         }
     first = shown[0][1]
     about = (
-        f"Each pane is one patch; the brighter it is, the more attention it gets from {first.asking}, relative to the brightest "
-        "pane of the same picture. Last layer: averaged over its heads. Rollout: all layers multiplied together, skip connections "
-        f"counted as half. Shown are {chosen}."
+        f"Each pane is one patch; the brighter it is, the more attention it gets from {first.asking}, relative to the "
+        "brightest pane of the same picture. Last layer: averaged over its heads. Rollout: all layers multiplied together, "
+        f"skip connections counted as half. Shown are {chosen}."
     )
     if first.asking.startswith("the mean"):
-        about += " The model pools by the mean and has no class token to ask, so the maps average over all asking patches."
+        about += " The model pools by the mean, so no single token is asked: the maps average over all asking patches."
     far = {
         name: torch.cat([views[row].distances[name] for row in measured]).mean(0)  # type: ignore[union-attr]
         for name in first.distances
