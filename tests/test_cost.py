@@ -140,7 +140,7 @@ def test_auto_precision_follows_the_measurement(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_unknown_devices_and_precisions_name_the_valid_ones() -> None:
-    with pytest.raises(ValueError, match="this machine has: .*cpu"):
+    with pytest.raises(ValueError, match=r"this machine has: .*cpu"):
         cost.pick_device("cuda:77")
     with pytest.raises(ValueError, match="valid: auto, fp32, bf16, fp16"):
         cost.pick_precision("fp8", torch.device("cpu"))

@@ -26,7 +26,7 @@ class Inputs(nn.Module):
         """Augmentation is drawn per sample from its key and the seed; what is mixed with what from the number `draw`."""
         images = batch.images.to(device, non_blocking=True)
         targets = batch.targets.to(device, non_blocking=True)
-        images = self.normalise(self.augment(images, batch.keys.to(device), self.seed))
+        images = self.normalise(self.augment(images, batch.keys, self.seed))
         if self.config.mixup or self.config.cutmix:
             soft = nn.functional.one_hot(targets, self.classes).float() if targets.ndim == 1 else targets
             images, targets = mix_batch(images, soft, self.config, torch.Generator(device).manual_seed(draw))

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vitrail.checkpoints import save_model
 from vitrail.checkpoints.io import write_text
-from vitrail.config import RunConfig, dump
+from vitrail.config import ConfigError, RunConfig, dump
 from vitrail.data import Batch
 from vitrail.evaluation.metrics import Report
 from vitrail.models import Model
@@ -24,7 +27,7 @@ from .interrupt import Abandoned, Interruption, Stopped
 from .log import Log, Meter, Screen
 from .objectives import Objective
 from .optim import set_lr
-from .plan import Plan, hand_out, make_plan, rehearse, steps_within
+from .plan import Plan, hand_out, length_lines, make_plan, rehearse, steps_within
 from .setup import CONFIG, Job, Request, prepare, resolve
 from .state import SaveError, newest_checkpoint, remove_unfinished, restore, save_checkpoint
 from .status import Clock, evaluation_line, status_line
@@ -71,7 +74,7 @@ def train(
     request = resolve(config, data, settings, resume)
     with Interruption() as interruption, joined_ranks(request.config.device) as ranks, Screen(ranks.main) as screen:
         job = prepare(request, ranks, objective, evaluators)
-        with _plain_disk_errors(job.path):
+        with _plain_errors(job):
             plan, stream = _begin(job, request, screen, clock)
             progress = job.state.progress
             with Log(job.path, progress.step, job.config.tensorboard, ranks.main) as log:
@@ -91,6 +94,9 @@ def _begin(job: Job, request: Request, screen: Screen, clock: Clock) -> tuple[Pl
         restore(request.checkpoint, job.state)
         start = job.state.progress.step * job.config.accumulate
     clock.before = job.state.progress.seconds
+    plan = make_plan(job)
+    for line in plan.lines:
+        screen.say(line)
     stream = hand_out([], job.loader.batches(start))
     rehearsal = None
     if not request.resumed:
@@ -99,8 +105,7 @@ def _begin(job: Job, request: Request, screen: Screen, clock: Clock) -> tuple[Pl
         if budget:
             affordable = steps_within(job, rehearsal, 60 * budget - clock.seconds)
             job.state.progress.total = min(job.state.progress.total, job.ranks.agree(affordable))
-    plan = make_plan(job, rehearsal)
-    for line in plan.lines:
+    for line in length_lines(job, rehearsal):
         screen.say(line)
     if request.resumed:
         screen.say(f"resumed  at step {job.state.progress.step:,} of {job.state.progress.total:,}")
@@ -143,7 +148,7 @@ def _fit(
             screen.show(status_line(job, plan, meter, clock, result))
     if stopping and not ended:
         screen.say(f"stopped at step {p.step:,} of {p.total:,} and saved; go on with: vitrail train --resume {job.path}")
-        raise Stopped(interruption.number)
+        raise Stopped(interruption.number or signal.SIGTERM)  # another process may be the one that was asked
 
 
 def _account(
@@ -245,12 +250,18 @@ def _finish(job: Job, log: Log, screen: Screen) -> Run:
 
 
 @contextmanager
-def _plain_disk_errors(run: Path) -> Iterator[None]:
-    """A disk that is full while anything is written gives one plain SaveError."""
+def _plain_errors(job: Job) -> Iterator[None]:
+    """A full disk gives one plain SaveError whatever was being written, a full device memory a ConfigError with ways out."""
+    run = job.path
     try:
         yield
     except SaveError:
         raise
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"{job.ranks.device} has too little memory for {job.micro_batch} pictures at a time: --accumulate "
+            f"{2 * job.config.accumulate} gives the same result in smaller parts, --checkpointing saves activations"
+        ) from None
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise

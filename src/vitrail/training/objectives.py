@@ -93,13 +93,13 @@ def build_objective(config: ObjectiveConfig, dataset: ImageDataset) -> Classify:
     return Classify(loss, config.label_smoothing, multi_label=dataset.multi_label, **made)
 
 
-def class_weights(counts: NDArray, power: float) -> NDArray:
+def class_weights(counts: NDArray[np.int64], power: float) -> NDArray[np.float64]:
     """Weights (k,) proportional to counts ** -power whose mean over the samples is 1; 0 for a class without samples."""
     weights = np.where(counts > 0, np.maximum(counts, 1.0) ** -power, 0.0)
     return weights * counts.sum() / (weights * counts).sum()
 
 
-def sampler_weights(config: ObjectiveConfig, dataset: ImageDataset) -> NDArray | None:
+def sampler_weights(config: ObjectiveConfig, dataset: ImageDataset) -> NDArray[np.float64] | None:
     """How often each training sample is drawn (n,), relative to the others, where the settings ask for a balanced sampler.
 
     A sample with several labels is drawn as often as its rarest one asks for, one without as often as the commonest.
@@ -110,4 +110,5 @@ def sampler_weights(config: ObjectiveConfig, dataset: ImageDataset) -> NDArray |
     weights = class_weights(counts, config.balance_power)
     if not dataset.multi_label:
         return weights[dataset.targets]
-    return np.where(dataset.targets > 0.5, weights, weights[counts > 0].min()).max(1)
+    labels = np.asarray(dataset.targets, np.float64)
+    return np.maximum((labels * weights).max(1), weights[counts > 0].min())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
@@ -101,50 +102,66 @@ def steps_within(job: Job, rehearsal: Rehearsal, seconds: float) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """The figures of a run before it starts; sizes are bytes, times seconds, FLOPs those of one picture forward."""
+    """The figures of a run before it starts, and the lines that say them. `flops` are those of one picture forward."""
 
     lines: tuple[str, ...]
     flops: int
     memory: Memory
     peak: float  # FLOP/s of matrix products on this device, in this precision
-    seconds: float
 
     def utilisation(self, pictures_per_second: float, world: int = 1) -> float:
         """Model FLOP utilisation: three forward passes' FLOPs a picture, against the measured peak of `world` devices."""
         return 3 * self.flops * pictures_per_second / (self.peak * world)
 
 
-def make_plan(job: Job, rehearsal: Rehearsal | None) -> Plan:
-    """Count, forecast and put into words; times only after a rehearsal."""
-    c, model, total = job.config, job.state.model, job.state.progress.total
+def make_plan(job: Job) -> Plan:
+    """What can be known without running anything: counted, forecast, and put into words."""
+    c, model = job.config, job.state.model
     shape = (model.config.in_channels, *model.config.image_size)
     flops = count_flops(model, shape)
     memory = forecast_memory(
         model, job.micro_batch, shape=shape, precision=c.precision, optimizer=c.optim.optimizer, ema=bool(c.optim.ema)
     )
     peak = matmul_peak(job.ranks.device, c.precision)
-    seconds = math.nan
-    rows = [
-        ("data", _describe_data(job.data)),
-        ("classes", _describe_classes(job.loader.dataset)),
-        ("input", _describe_input(job)),
-        ("model", f"{model.name or model.family}, {count_parameters(model) / 1e6:.3g} M parameters, "
-                  f"{flops / 2e9:.3g} GMACs ({flops / 1e9:.3g} GFLOPs) a picture"),
-        ("batch", _describe_batch(job)),
-        ("lr", _describe_lr(job)),
-        ("length", f"{total:,} steps, {total / job.loader.steps_per_epoch:.4g} epochs of {job.loader.steps_per_epoch:,}; "
-                   f"evaluated every {job.evaluation_steps:,}"),
-        ("machine", f"{job.ranks.device} ({c.precision}), matrix products measured at {peak / 1e12:.3g} TFLOP/s, "
-                    f"{job.loader.workers} loader processes"),
-        ("memory", f"about {_size(memory.total)}: weights {_size(memory.parameters)}, gradients {_size(memory.gradients)}, "
-                   f"optimiser {_size(memory.optimiser + memory.averaged)}, activations {_size(memory.activations)}"),
-    ]  # fmt: skip
+    rows = {
+        "data": _describe_data(job.data),
+        "classes": _describe_classes(job.loader.dataset),
+        "input": _describe_input(job),
+        "model": _describe_model(job, flops),
+        "batch": _describe_batch(job),
+        "lr": _describe_lr(job),
+        "machine": f"{job.ranks.device} ({c.precision}), matrix products measured at {peak / 1e12:.3g} TFLOP/s, "
+                   f"{job.loader.workers} loader processes",
+        "memory": _describe_memory(memory, available_memory(job.ranks.device)),
+    }  # fmt: skip
+    notes = [("note", note) for note in job.notes]
+    return Plan(tuple(_row(name, text) for name, text in [*rows.items(), *notes]), flops, memory, peak)
+
+
+def length_lines(job: Job, rehearsal: Rehearsal | None) -> tuple[str, ...]:
+    """How many steps, and after a rehearsal how long they will take."""
+    total, epoch, every = job.state.progress.total, job.loader.steps_per_epoch, job.evaluation_steps
+    lines = [_row("length", f"{total:,} steps, {total / epoch:.4g} epochs of {epoch:,}; evaluated every {every:,}")]
     if rehearsal is not None:
-        step = rehearsal.step(c.accumulate)
-        seconds = total * step + total / job.evaluation_steps * len(job.data.val or ()) / job.ranks.world * rehearsal.picture
-        rows.append(("time", f"about {duration(seconds)}: {1000 * step:.3g} ms a step, {c.batch_size / step:,.0f} images/s"))
-    rows += [("note", note) for note in job.notes]
-    return Plan(tuple(f"{name:<9}{text}" for name, text in rows), flops, memory, peak, seconds)
+        step = rehearsal.step(job.config.accumulate)
+        judging = total / every * len(job.data.val or ()) / job.ranks.world * rehearsal.picture
+        speed = f"{1000 * step:.3g} ms a step, {job.config.batch_size / step:,.0f} images/s"
+        lines.append(_row("time", f"about {duration(total * step + judging)}: {speed}"))
+    return tuple(lines)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, 0 where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else 0
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<9}{text}"
 
 
 def _describe_data(data: Data) -> str:
@@ -167,6 +184,24 @@ def _describe_input(job: Job) -> str:
     sizes = job.loader.dataset.sizes()
     seen = f"; pictures of about {np.median(sizes[:, 0]):.0f} x {np.median(sizes[:, 1]):.0f}" if len(sizes) else ""
     return f"{p.image_size[0]} x {p.image_size[1]} pixels, {p.channels} channels, fit {p.fit}{seen}"
+
+
+def _describe_model(job: Job, flops: int) -> str:
+    model, changed = job.state.model, job.config.overrides
+    settings = f" ({', '.join(f'{name} {value}' for name, value in changed.items())})" if changed else ""
+    size = f"{count_parameters(model) / 1e6:.3g} M parameters"
+    return f"{model.name or model.family}{settings}: {size}, {flops / 2e9:.3g} GMACs ({flops / 1e9:.3g} GFLOPs) a picture"
+
+
+def _describe_memory(memory: Memory, available: int) -> str:
+    parts = {
+        "weights": memory.parameters, "gradients": memory.gradients, "optimiser": memory.optimiser + memory.averaged,
+        "activations": memory.activations,
+    }  # fmt: skip
+    told = f"about {_size(memory.total)}: {', '.join(f'{name} {_size(size)}' for name, size in parts.items())}"
+    if available and memory.total > available:
+        told += f"; only {_size(available)} are free: --accumulate 2 halves the activations, --checkpointing saves more"
+    return told
 
 
 def _describe_batch(job: Job) -> str:

@@ -109,7 +109,7 @@ def save_checkpoint(run: Path, state: TrainState, card: ModelCard, keep: int) ->
     except (OSError, SafetensorError) as problem:
         kept = newest_checkpoint(run)
         survivor = f"the run can be resumed from {kept}" if kept else "no checkpoint was saved before"
-        raise SaveError(f"could not save step {state.progress.step} ({problem}); {survivor}") from None
+        raise SaveError(f"could not save step {state.progress.step}, is the disk full? ({problem}); {survivor}") from None
     for old in saved_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return folder
