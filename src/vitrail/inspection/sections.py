@@ -140,7 +140,9 @@ def confusion(report: Report) -> Context:
 def _cell(count: int, total: int, hit: bool, title: str) -> Context:
     share = count / total if total else 0.0
     alpha = 0.12 + 0.88 * (share if hit else math.sqrt(share))
-    kind = f"{'hit' if hit else 'miss'}{' strong' if alpha > 0.55 else ''}"
+    # How strong the colour is decides which text can be read on it; the page picks one for light and one for dark.
+    strength = " full" if alpha > 0.78 else " strong" if alpha > 0.55 else ""
+    kind = f"{'hit' if hit else 'miss'}{strength}"
     return {"count": count, "alpha": f"{alpha:.3f}", "kind": kind, "title": title}
 
 
