@@ -1,16 +1,17 @@
 """Models side by side with timm, torchvision and transformers: `python -m benchmarks.models [--only vit_tiny] [--list]`.
 
 A cell is (model, task, precision, mode). Both sides carry the same weights, read through our own checkpoint tables, and use
-the same threads, batch, memory format, autocast, loss, optimiser class and flags. Before timing, logits (and gradients, when training) are
-compared in float64: the row is void unless our error is at most 1.5 times the peer's. Then steps of both sides alternate;
-what is reported is the median of the pairwise ratios peer / ours with its 95 % bootstrap interval (above 1: ours is faster),
-against each peer. A cell passes when the upper end of the interval against the fastest peer is at least 1.
+the same threads, batch, memory format, autocast, loss, optimiser class and flags. Before timing, logits (and gradients, when
+training) are compared with float64: the row is void unless our error is at most 1.5 times the peer's. Then steps of both
+sides alternate; what is reported is the median of the pairwise ratios peer / ours with its 95 % bootstrap interval (above 1:
+ours is faster), against each peer. A cell passes when the upper end of the interval against the fastest peer is at least 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import statistics
 import time
@@ -143,7 +144,9 @@ def make_step(side: Side, task: str, precision: str, mode: str, x: Tensor, y: Te
     return train
 
 
-def errors(side: Side, task: str, precision: str, x: Tensor, y: Tensor, exact: tuple[Tensor, Tensor | None], flat: Any) -> float:
+def errors(
+    side: Side, task: str, precision: str, x: Tensor, y: Tensor, exact: tuple[Tensor, Tensor | None], flat: Any
+) -> float:
     """Largest relative error of logits, and of the gradient as a whole, against float64."""
     side.model.train(task == "train").to(memory_format=memory_format(side.model, task == "train", precision))  # type: ignore[call-overload]
     side.model.zero_grad(set_to_none=True)
@@ -170,7 +173,11 @@ def flat_gradient(model: Model) -> Callable[[Side], Tensor]:
             state = load_model({_file_name(n): g for n, g in grads.items()}, quiet=True, heads=model.config.heads).state_dict()
             grads = translate(model, "timm", {n: t for n, t in state.items() if n in dict(model.named_parameters())})
         elif side.name == "torchvision":
-            state = load_model(grads, quiet=True, heads=getattr(model.config, "heads", 1)).state_dict() if model.family == "vit" else None
+            state = (
+                load_model(grads, quiet=True, heads=getattr(model.config, "heads", 1)).state_dict()
+                if model.family == "vit"
+                else None
+            )
             grads = translate(model, "timm", state) if state is not None else grads
         return torch.cat([grads[n].flatten() for n in sorted(grads)])
 
@@ -223,7 +230,9 @@ def _status(key: str) -> float:
     return float(line.split()[1])
 
 
-def time_pairs(a: Callable[[], None], b: Callable[[], None], pairs: int, sync: Callable[[], None]) -> tuple[list[float], list[float]]:
+def time_pairs(
+    a: Callable[[], None], b: Callable[[], None], pairs: int, sync: Callable[[], None]
+) -> tuple[list[float], list[float]]:
     """Seconds of `pairs` alternating steps of both sides; who starts alternates too."""
     for step in (a, b, a, b):
         step()
@@ -238,53 +247,74 @@ def time_pairs(a: Callable[[], None], b: Callable[[], None], pairs: int, sync: C
     return times
 
 
-def run_cell(name: str, task: str, precision: str, mode: str, pairs: int, device: str) -> dict[str, Any]:
-    """All peers of one cell."""
-    batch = BATCH[name]
+@functools.cache
+def pictures(name: str, device: str) -> tuple[Tensor, Tensor]:
+    """The batch of a model: noise pictures and random labels."""
     torch.manual_seed(1)
-    size = MODELS[name].image_size
-    x, y = torch.randn(batch, 3, *size, device=device), torch.randint(1000, (batch,), device=device)
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    reference = ours(name)
-    flops = count_flops(reference.model) * batch * (3 if task == "train" else 1)
-    row: dict[str, Any] = {"batch": batch, "pairs": pairs, "peers": {}}
-    fastest = None
-    for peer_name, build in peers(name, reference.model).items():
-        torch._dynamo.reset()
-        mine = ours(name)
-        try:
+    return torch.randn(BATCH[name], 3, *MODELS[name].image_size, device=device), torch.randint(
+        1000, (BATCH[name],), device=device
+    )
+
+
+@functools.cache
+def reference(name: str, task: str, device: str) -> tuple[Tensor, Tensor | None]:
+    """The float64 answer to the batch, computed once per process."""
+    side = ours(name)
+    side.model.to(device)
+    return exact_answer(side, task, *pictures(name, device), flat_gradient(side.model))
+
+
+def run_cell(name: str, task: str, precision: str, mode: str, pairs: int, device: str) -> dict[str, Any]:
+    """All peers of one cell, one after the other against the same model of ours."""
+    x, y = pictures(name, device)
+    exact = reference(name, task, device)
+    torch._dynamo.reset()
+    mine = ours(name)
+    initial = create_model(name)
+    initial.load_state_dict(mine.model.state_dict())
+    mine.model.to(device)
+    flat = flat_gradient(initial)
+    error = errors(mine, task, precision, x, y, exact, flat)
+    step = make_step(mine, task, precision, mode, x, y)
+    row: dict[str, Any] = {"batch": BATCH[name], "pairs": pairs, "peers": {}}
+    for peer_name, build in peers(name, initial).items():
+        try:  # a peer that cannot be built or run is shown as failing, not counted
             other = build()
-        except Exception as problem:  # a peer that cannot be built or fails is shown, not counted
-            row["peers"][peer_name] = {"fails": f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"}
-            continue
-        mine.model.to(device), other.model.to(device)
-        flat = flat_gradient(mine.model)
-        exact = exact_answer(mine, task, x, y, flat)
-        error, peer_error = (errors(side, task, precision, x, y, exact, flat) for side in (mine, other))
-        entry: dict[str, Any] = {"error": error, "peer_error": peer_error, "void": error > ERROR_LIMIT * peer_error + 1e-12}
-        try:
-            steps = [make_step(side, task, precision, mode, x, y) for side in (mine, other)]
-            mine_times, other_times = time_pairs(steps[0], steps[1], pairs, sync)
-            entry |= {"ours_mib": peak_memory(steps[0], device), "peer_mib": peak_memory(steps[1], device)}
+            other.model.to(device)
+            entry = {"error": error, "peer_error": errors(other, task, precision, x, y, exact, flat)}
+            entry["void"] = error > ERROR_LIMIT * entry["peer_error"] + 1e-12
+            row["peers"][peer_name] = entry | duel(step, make_step(other, task, precision, mode, x, y), pairs, device)
         except Exception as problem:
-            entry["fails"] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"
-            row["peers"][peer_name] = entry
-            continue
-        ratios = [b / a for a, b in zip(mine_times, other_times, strict=True)]
-        low, high = bootstrap_interval(ratios)
-        entry |= {"ratio": statistics.median(ratios), "low": low, "high": high}
-        entry |= {"ours_s": statistics.median(mine_times), "peer_s": statistics.median(other_times)}
-        row["peers"][peer_name] = entry
-        if not entry["void"] and (fastest is None or entry["ratio"] < row["peers"][fastest]["ratio"]):
-            fastest = peer_name
-        del mine, other, steps
+            row["peers"][peer_name] = {"fails": f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"}
         gc.collect()
-    if fastest is not None:
-        best = row["peers"][fastest]
-        row |= {"fastest_peer": fastest, "ratio": best["ratio"], "low": best["low"], "high": best["high"], "passes": best["high"] >= 1}
-        row["percent_of_peak"] = 100 * flops / best["ours_s"] / matmul_peak(device, precision)
-        row["peer_percent_of_peak"] = 100 * flops / best["peer_s"] / matmul_peak(device, precision)
-    return row
+    return row | verdict(row["peers"], count_flops(initial) * BATCH[name] * (3 if task == "train" else 1), device, precision)
+
+
+def duel(ours_step: Callable[[], None], peer_step: Callable[[], None], pairs: int, device: str) -> dict[str, float]:
+    """Times and memory of both, and the median of the ratios peer / ours with its interval."""
+    ours_times, peer_times = time_pairs(
+        ours_step, peer_step, pairs, torch.cuda.synchronize if device == "cuda" else lambda: None
+    )
+    ratios = [b / a for a, b in zip(ours_times, peer_times, strict=True)]
+    low, high = bootstrap_interval(ratios)
+    return {
+        "ratio": statistics.median(ratios), "low": low, "high": high,
+        "ours_s": statistics.median(ours_times), "peer_s": statistics.median(peer_times),
+        "ours_mib": peak_memory(ours_step, device), "peer_mib": peak_memory(peer_step, device),
+    }  # fmt: skip
+
+
+def verdict(entries: dict[str, dict[str, Any]], flops: int, device: str, precision: str) -> dict[str, Any]:
+    """The comparison with the fastest peer, and how much of the machine's matrix-product peak both reach."""
+    valid = {name: entry for name, entry in entries.items() if "fails" not in entry and not entry["void"]}
+    if not valid:
+        return {"passes": False}
+    fastest = min(valid, key=lambda name: valid[name]["ratio"])
+    best, peak = valid[fastest], matmul_peak(device, precision)
+    return {
+        "fastest_peer": fastest, "ratio": best["ratio"], "low": best["low"], "high": best["high"], "passes": best["high"] >= 1,
+        "percent_of_peak": 100 * flops / best["ours_s"] / peak, "peer_percent_of_peak": 100 * flops / best["peer_s"] / peak,
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -319,8 +349,8 @@ def _line(cell: str, row: dict[str, Any]) -> str:
             void = " VOID" if entry["void"] else ""
             parts.append(f"{peer} {entry['ratio']:.2f} [{entry['low']:.2f}, {entry['high']:.2f}]{void}")
     peak = f"{row.get('percent_of_peak', 0):.0f} % of peak (fastest peer {row.get('peer_percent_of_peak', 0):.0f} %)"
-    verdict = "passes" if row.get("passes") else "FAILS"
-    return f"{cell:48s} {verdict:6s} {'; '.join(parts)}; {peak}"
+    word = "passes" if row["passes"] else "FAILS"
+    return f"{cell:48s} {word:6s} {'; '.join(parts)}; {peak}"
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def bootstrap_interval(values: list[float], draws: int = 10_000, seed: int = 0) 
     return float(low), float(high)
 
 
-def machine(device: str = "cpu", packages: tuple[str, ...] = ("torch", "torchvision", "timm", "transformers")) -> dict[str, Any]:
+def machine(
+    device: str = "cpu", packages: tuple[str, ...] = ("torch", "torchvision", "timm", "transformers")
+) -> dict[str, Any]:
     """Where and with what a figure was measured."""
     from importlib.metadata import PackageNotFoundError, version
 
@@ -79,7 +81,9 @@ def _processor() -> str:
 
 def _commit() -> str:
     try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent)
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return found.stdout.strip()
