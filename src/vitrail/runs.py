@@ -19,5 +19,5 @@ def train(config: RunConfig | None = None, data: Any = None, **settings: Any) ->
     """
     run = fit(config, data=data, **settings)
     if run.config.report and run.is_main:
-        write_report(run.path)
+        write_report(run.path, model=run.model, data=data, report=run.report)
     return run
