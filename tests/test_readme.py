@@ -20,7 +20,7 @@ from vitrail.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-QUICK = ["--steps", "2", "--workers", "0", "--precision", "fp32", "--device", "cpu", "--no-tensorboard"]
+QUICK = ["--steps", "2", "--workers", "0", "--precision", "fp32", "--device", "cpu", "--no-tensorboard", "--set", "depth=1"]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -105,6 +105,10 @@ def test_the_python_of_the_readme_runs(desk: Path, capsys: pytest.CaptureFixture
     code = "\n".join(blocks(ROOT / "README.md", "python"))
     quick = re.sub(r"epochs=\d+", 'steps=2, workers=0, precision="fp32", device="cpu", tensorboard=False', code)
     assert quick != code
+    for name in re.findall(r"vit_\w+_224", quick):
+        assert name in MODELS
+        quick = quick.replace(name, "vit_micro_patch4_16")
+    quick = quick.replace("image_size=96", "image_size=16")
     kept = [line for line in quick.splitlines() if ".npz" not in line]
     assert len(kept) == len(quick.splitlines()) - 1
     exec(compile("\n".join(kept), "README.md", "exec"), {})
