@@ -7,6 +7,7 @@ any number of workers gives the same batches. Sets that are small when decoded s
 from __future__ import annotations
 
 import random
+import signal
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -291,6 +292,7 @@ def _load(
         collate_fn=_as_it_is,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # else it would draw from torch's global one, whose state belongs to the model
     )
     with warnings.catch_warnings():
@@ -310,6 +312,12 @@ def _load(
             yield Batch(*batch)._replace(wait=time.perf_counter() - start)
     finally:
         del iterator  # ends the workers now; left to the garbage collector in a traceback's frame, they take 5 s
+
+
+def _ignore_signals(worker: int) -> None:
+    """SIGINT and SIGTERM often reach the whole group of processes: the main one decides when loading ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(answer: Any) -> Any:
