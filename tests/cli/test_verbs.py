@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
@@ -13,6 +13,8 @@ from vitrail.checkpoints import FORMATS, load_model, save_model
 from vitrail.cli import main
 from vitrail.cli.convert import Arguments as Convert
 from vitrail.config import ModelCard, Preprocess
+from vitrail.data import eval_batches
+from vitrail.evaluation import classify
 from vitrail.models import MODELS, create_model
 
 CLASSES = ("blue", "green", "red")
@@ -65,6 +67,21 @@ def test_eval_prints_intervals_and_json(
     out = tmp_path / "result.json"
     words = ("eval", str(checkpoint), str(picture_folder), "--json", "--out", str(out), "--workers", "0", "--split", "train")
     assert json.loads(said(capsys, *words)) == json.loads(out.read_text())
+
+
+@pytest.mark.parametrize(("asked", "used"), [("scaled", "scaled"), ("auto", "exact"), ("exact", "exact")])
+def test_eval_decodes_as_asked(
+    asked: str, used: str, checkpoint: Path, picture_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+
+    def spy(*words: Any, mode: str, **settings: Any) -> Any:
+        modes.append(mode)
+        return eval_batches(*words, mode=mode, **settings)
+
+    monkeypatch.setattr(classify, "eval_batches", spy)
+    assert main(["eval", str(checkpoint), str(picture_folder), "--workers", "0", "--decode", asked]) == 0
+    assert modes == [used]
 
 
 def test_eval_refuses_other_classes(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

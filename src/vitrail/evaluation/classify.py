@@ -116,6 +116,7 @@ def evaluate(
         precision=pick_precision(precision, where),
         batch_size=batch_size,
         workers=workers,
+        decode="scaled" if settings.get("decode") == "scaled" else "exact",
         progress=f"evaluating {name}" if progress else None,
     )
     report = classification_report(outputs.logits, outputs.targets, opened.classes, opened.multi_label, seed)
