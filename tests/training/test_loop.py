@@ -304,6 +304,9 @@ def test_a_collection_must_be_handed_over_again(fit: Fit, samples: Samples) -> N
     run = fit()
     with pytest.raises(ConfigError, match="hand it over again"):
         train(resume=run.path)
+    fewer = samples[:-3]
+    with pytest.raises(ConfigError, match="training samples are not those that"):
+        train(resume=run.path, data=fewer)
     other = [(image, label + 1) for image, label in samples]
     with pytest.raises(ConfigError, match="classes are not those of the model"):
         train(resume=run.path, data=other)
@@ -323,7 +326,10 @@ def test_starting_from_a_run_keeps_its_body_and_remakes_the_head(fit: Fit, tmp_p
     first = fit()
     pixels = torch.zeros(3, 16, 16, dtype=torch.uint8)
     other = [(pixels + i, "xyzw"[i % 4]) for i in range(40)]
-    tuned = fit(other, init_from=str(first.path), model="", overrides={}, lr=0.0, steps=1, out=str(tmp_path / "tuned"))
+    start = {"init_from": str(first.path), "overrides": {}, "lr": 0.0, "steps": 1}
+    with pytest.raises(ConfigError, match="init_from is a vit_micro_patch4_16, model says resnet18"):
+        fit(other, **start, model="resnet18", out=str(tmp_path / "tuned"))
+    tuned = fit(other, **start, out=str(tmp_path / "tuned"))
     before, after = weights(first), weights(tuned)
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head"))
     assert after["head.linear.weight"].shape[0] == 4

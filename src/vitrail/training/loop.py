@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from vitrail.checkpoints import save_model
 from vitrail.checkpoints.io import write_text
@@ -73,61 +74,80 @@ def train(
     clock = Clock()
     request = resolve(config, data, settings, resume)
     with Interruption() as interruption, joined_ranks(request.config.device) as ranks, Screen(ranks.main) as screen:
-        job = prepare(request, ranks, objective, evaluators)
+        session = Session(screen, clock, interruption)
+        with _stopping(session, "nothing to save yet"), interruption.at_once():
+            job = prepare(request, ranks, objective, evaluators)
         with _plain_errors(job):
-            plan, stream = _begin(job, request, screen, clock)
-            progress = job.state.progress
-            with Log(job.path, progress.step, job.config.tensorboard, ranks.main) as log:
+            with _stopping(session, "nothing to save yet"), interruption.at_once():
+                plan, stream = _begin(job, request, session)
+            with Log(job.path, job.state.progress.step, job.config.tensorboard, ranks.main) as log:
                 with closing(stream):
-                    _fit(job, plan, stream, log, screen, interruption, clock)
-                return _finish(job, log, screen)
+                    _fit(job, plan, stream, log, session)
+                again = f"all steps are done and saved; evaluate with: vitrail train --resume {job.path}"
+                with _stopping(session, again), interruption.at_once():
+                    return _finish(job, log, screen)
 
 
-def _begin(job: Job, request: Request, screen: Screen, clock: Clock) -> tuple[Plan, Generator[Batch]]:
+@dataclass
+class Session:
+    """What belongs to this process's part of a run."""
+
+    screen: Screen
+    clock: Clock
+    interruption: Interruption
+
+
+@contextmanager
+def _stopping(session: Session, state: str) -> Iterator[None]:
+    """A signal during work that `Interruption.at_once` lets go of leaves through Stopped."""
+    try:
+        yield
+    except Abandoned:
+        session.screen.say(f"stopped; {state}")
+        raise Stopped(session.interruption.number) from None
+
+
+def _begin(job: Job, request: Request, session: Session) -> tuple[Plan, Generator[Batch]]:
     """Start or restore, show the plan, and write down the settings as they became."""
     job.state.model.train()
-    main, start = job.ranks.main, 0
+    main, say, p = job.ranks.main, session.screen.say, job.state.progress
     if main:
         job.path.mkdir(parents=True, exist_ok=True)
         remove_unfinished(job.path)
     if request.checkpoint is not None:
         restore(request.checkpoint, job.state)
-        start = job.state.progress.step * job.config.accumulate
-    clock.before = job.state.progress.seconds
+        p = job.state.progress
+    session.clock.before = p.seconds
     plan = make_plan(job)
     for line in plan.lines:
-        screen.say(line)
-    stream = hand_out([], job.loader.batches(start))
+        say(line)
+    stream = hand_out([], job.loader.batches(p.step * job.config.accumulate))
     rehearsal = None
     if not request.resumed:
         rehearsal, stream = rehearse(job, stream)
-        budget = job.config.schedule.time_budget
-        if budget:
-            affordable = steps_within(job, rehearsal, 60 * budget - clock.seconds)
-            job.state.progress.total = min(job.state.progress.total, job.ranks.agree(affordable))
+        if budget := job.config.schedule.time_budget:
+            affordable = steps_within(job, rehearsal, 60 * budget - session.clock.seconds)
+            p.total = min(p.total, job.ranks.agree(affordable))
     for line in length_lines(job, rehearsal):
-        screen.say(line)
+        say(line)
     if request.resumed:
-        screen.say(f"resumed  at step {job.state.progress.step:,} of {job.state.progress.total:,}")
-    length = dataclasses.replace(job.config.schedule, steps=job.state.progress.total)
-    job.config = dataclasses.replace(job.config, schedule=length)
+        say(f"resumed  at step {p.step:,} of {p.total:,}")
+    job.config = dataclasses.replace(job.config, schedule=dataclasses.replace(job.config.schedule, steps=p.total))
     if main:
         write_text(job.path / CONFIG, dump(job.config))
     return plan, stream
 
 
-def _fit(
-    job: Job, plan: Plan, stream: Iterator[Batch], log: Log, screen: Screen, interruption: Interruption, clock: Clock
-) -> None:
+def _fit(job: Job, plan: Plan, stream: Iterator[Batch], log: Log, session: Session) -> None:
     """The loop: until the end, evaluate and save where due, take a step, write down what it measured."""
-    config, p = job.config, job.state.progress
+    config, p, clock = job.config, job.state.progress, session.clock
     meter = Meter(p.window)
     stopping = False
     while True:
         due = p.step == p.total or p.step % job.evaluation_steps == 0
         if job.evaluators and due and p.step > p.evaluated:
             with clock.measure("evaluating"):
-                stopping |= not _evaluate(job, log, screen, interruption)
+                stopping |= not _evaluate(job, log, session)
         ended = p.step >= p.total or 0 < config.schedule.patience <= p.stale
         if ended or stopping or _save_is_due(job, clock):
             with clock.measure("saving"):
@@ -137,40 +157,40 @@ def _fit(
         with clock.measure("stepping"):
             batches = [next(stream) for _ in range(config.accumulate)]
             set_lr(job.state.optimizer, job.peak_lr * schedule.factor(config.schedule, p.step, p.total, job.warmup))
-            result = optimiser_step(job, batches, p.step * config.accumulate, interruption.number > 0)
+            result = optimiser_step(job, batches, p.step * config.accumulate, session.interruption.number > 0)
         p.step += 1
         p.seconds = clock.total
         stopping = result.stopping
-        _account(job, result, batches, meter, log, screen, clock)
+        _account(job, result, batches, meter, log, session)
         if p.step % job.record_steps == 0 or p.step % job.evaluation_steps == 0 or p.step == p.total:
             _record(job, plan, meter, log)
-        if screen.due:
-            screen.show(status_line(job, plan, meter, clock, result))
+        if session.screen.due:
+            session.screen.show(status_line(job, plan, meter, clock, result))
     if stopping and not ended:
-        screen.say(f"stopped at step {p.step:,} of {p.total:,} and saved; go on with: vitrail train --resume {job.path}")
-        raise Stopped(interruption.number or signal.SIGTERM)  # another process may be the one that was asked
+        session.screen.say(
+            f"stopped at step {p.step:,} of {p.total:,} and saved; go on with: vitrail train --resume {job.path}"
+        )
+        raise Stopped(session.interruption.number or signal.SIGTERM)  # another process may be the one that was asked
 
 
-def _account(
-    job: Job, result: StepResult, batches: Sequence[Batch], meter: Meter, log: Log, screen: Screen, clock: Clock
-) -> None:
+def _account(job: Job, result: StepResult, batches: Sequence[Batch], meter: Meter, log: Log, session: Session) -> None:
     """Count a step; a refused one is written down, its batch kept, and too many in a row end the run."""
-    p, limit = job.state.progress, job.config.max_nonfinite
+    p, loss = job.state.progress, result.values["loss"]
     if result.outcome == "done":
         p.refused = 0
         wait = sum(batch.wait for batch in batches)
-        clock.waited(wait)
-        meter.add({**result.values, "grad_norm": result.norm}, clock.last, wait, job.config.batch_size)
+        session.clock.waited(wait)
+        meter.add({**result.values, "grad_norm": result.norm}, session.clock.last, wait, job.config.batch_size)
         return
-    log.record(result.outcome, p.step, epoch=job.epoch, loss=result.values["loss"], grad_norm=result.norm)
+    log.record(result.outcome, p.step, epoch=job.epoch, loss=loss, grad_norm=result.norm)
     if result.outcome == "rescaled":
         return
     p.refused += 1
     p.refused_total += 1
     kept = keep_refused(job, batches, result)
-    what = f"step {p.step} refused: loss {result.values['loss']:g}, gradient norm {result.norm:g}; weights unchanged"
-    screen.say(what + (f", batch kept in {kept.name}" if kept else ""))
-    if p.refused >= limit:
+    what = f"step {p.step} refused: loss {loss:g}, gradient norm {result.norm:g}; weights unchanged"
+    session.screen.say(what + (f", batch kept in {kept.name}" if kept else ""))
+    if p.refused >= job.config.max_nonfinite:
         raise NonFiniteError(
             f"{p.refused} steps in a row gave a loss or gradient that is not a finite number (last: step {p.step}); "
             f"training stopped, the batches are in {job.path}/nonfinite-step-*. Try a lower --lr, a longer --warmup-epochs, "
@@ -181,18 +201,18 @@ def _account(
 def _record(job: Job, plan: Plan, meter: Meter, log: Log) -> None:
     p = job.state.progress
     log.record(
-        "train", p.step, epoch=job.epoch, lr=job.state.optimizer.param_groups[-1]["lr"], **meter.means(),
+        "train", p.step, epoch=job.epoch, lr=max(group["lr"] for group in job.state.optimizer.param_groups), **meter.means(),
         images_per_second=meter.speed, data_wait=meter.waiting, mfu=plan.utilisation(meter.speed, job.ranks.world),
         seconds=p.seconds,
     )  # fmt: skip
     meter.sums.clear()
 
 
-def _evaluate(job: Job, log: Log, screen: Screen, interruption: Interruption) -> bool:
+def _evaluate(job: Job, log: Log, session: Session) -> bool:
     """Ask the evaluators and keep the best weights; False when a signal came before they had answered."""
     p, model = job.state.progress, job.state.averaged
     try:
-        with interruption.at_once(job.ranks.world == 1):
+        with session.interruption.at_once(job.ranks.world == 1):
             values = {name: float(value) for evaluator in job.evaluators for name, value in evaluator(model)}
     except Abandoned:
         return False
@@ -207,7 +227,7 @@ def _evaluate(job: Job, log: Log, screen: Screen, interruption: Interruption) ->
         p.best, p.best_step = values[headline], p.step
         if job.ranks.main:
             save_model(model, job.path / BEST, card=dataclasses.replace(job.card, metrics=values))
-    screen.say(evaluation_line(job, log, values, headline, better))
+    session.screen.say(evaluation_line(job, log, values, headline, better))
     return True
 
 
@@ -229,17 +249,19 @@ def _save(job: Job, log: Log, clock: Clock) -> None:
 def _finish(job: Job, log: Log, screen: Screen) -> Run:
     """The final report (test split, else validation) in float32, the final weights, and where everything is."""
     model, p = job.state.averaged, job.state.progress
-    split = next((split for split in ("test", "val") if getattr(job.data, split) is not None), None)
-    report = None
-    if split is not None and (evaluator := job.split_evaluator(split)) is not None:
+    split = next((split for split in ("test", "val") if getattr(job.data, split) is not None), "")
+    report, evaluator = None, job.split_evaluator(split) if split else None
+    if evaluator is not None:
         report = evaluator.report(model, precision="fp32", progress=f"evaluating {split}")
     metrics = job.ranks.agree(dict(report.metrics) if report else {})
-    card = dataclasses.replace(job.card, metrics=metrics)
-    model.card = card
+    model.card = card = dataclasses.replace(job.card, metrics=metrics)
     if job.ranks.main:
         save_model(model, job.path / FINAL, card=card)
+        bad = {name: dataset.bad.summary() for name, dataset in job.data.splits().items() if len(dataset.bad)}
+        for name, summary in bad.items():
+            screen.say(f"{name:<9}{summary}")
         if report is not None:
-            report = dataclasses.replace(report, split=split or "")
+            report = dataclasses.replace(report, split=split, notes=(*report.notes, *bad.values()))
             report.save(job.path / REPORT)
             log.record("final", p.step, epoch=job.epoch, split=split, **metrics)
             screen.say(f"\n{split}\n{report}")
@@ -252,7 +274,6 @@ def _finish(job: Job, log: Log, screen: Screen) -> Run:
 @contextmanager
 def _plain_errors(job: Job) -> Iterator[None]:
     """A full disk gives one plain SaveError whatever was being written, a full device memory a ConfigError with ways out."""
-    run = job.path
     try:
         yield
     except SaveError:
@@ -262,9 +283,9 @@ def _plain_errors(job: Job) -> Iterator[None]:
             f"{job.ranks.device} has too little memory for {job.micro_batch} pictures at a time: --accumulate "
             f"{2 * job.config.accumulate} gives the same result in smaller parts, --checkpointing saves activations"
         ) from None
-    except OSError as problem:
-        if problem.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+    except (OSError, SafetensorError) as problem:
+        if isinstance(problem, OSError) and problem.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
-        kept = newest_checkpoint(run)
-        survivor = f"make room and go on with: vitrail train --resume {run}" if kept else "nothing had been saved yet"
-        raise SaveError(f"{problem.filename or run}: {problem.strerror}; {survivor}") from None
+        where = newest_checkpoint(job.path)
+        way = f"make room and go on with: vitrail train --resume {job.path}" if where else "nothing had been saved yet"
+        raise SaveError(f"could not write to {job.path}, is the disk full? ({problem}); {way}") from None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
@@ -16,7 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from vitrail.checkpoints import load_checkpoint_card, load_model
 from vitrail.config import ConfigError, ModelCard, Preprocess, RunConfig, flat, load, replace_dotted, replace_flat, unknown
 from vitrail.cost import memory_format, pick_precision
-from vitrail.data import Data, TrainLoader, open_data
+from vitrail.data import Data, ImageDataset, TrainLoader, open_data
 from vitrail.data.embedded import NAMES as EMBEDDED
 from vitrail.models import MODELS, Model, build
 
@@ -68,7 +70,7 @@ def resolve(config: RunConfig | None, data: Any, settings: Mapping[str, Any], re
         if not (path / CONFIG).exists():
             raise ConfigError(f"{path} holds no run to resume (no {CONFIG} in it)")
     else:
-        path = Path(given.out or Path("runs") / f"{_data_name(given.data, collection)}-{given.model}")
+        path = Path(given.out or Path("runs") / _run_name(given, explicit, collection))
     if not (path / CONFIG).exists():
         if collection is None and not given.data:
             raise ConfigError("no data was named: give a folder, a table, tar shards, or digits or emoji (embedded)")
@@ -89,8 +91,10 @@ def resolve(config: RunConfig | None, data: Any, settings: Mapping[str, Any], re
     return Request(stored, explicit, path, source, newest_checkpoint(path), resumed=True)
 
 
-def _data_name(path: str, collection: Any) -> str:
-    return Path(path).name.split(".")[0] if collection is None else type(collection).__name__.lower()
+def _run_name(config: RunConfig, explicit: frozenset[str], collection: Any) -> str:
+    data = Path(config.data).name.split(".")[0] if collection is None else type(collection).__name__.lower()
+    model = f"from-{Path(config.init_from).name}" if config.init_from and "model" not in explicit else config.model
+    return f"{data}-{model}"
 
 
 def _how_far(path: Path) -> str:
@@ -189,7 +193,8 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         config, reasons = choose(config, request.explicit, data, ranks.device)
         notes += reasons
     torch.manual_seed(config.seed)
-    model = _build_model(config, data)
+    model = _build_model(config, request.explicit, data)
+    config = dataclasses.replace(config, model=model.name or config.model)
     preprocess = _preprocess(config, model)
     card = _card(config, model, data, preprocess)
     precision = pick_precision(config.precision, ranks.device)
@@ -201,14 +206,14 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         data.train, preprocess=preprocess, augment=config.augment, batch_size=config.batch_size,
         accumulate=config.accumulate, seed=config.seed, rank=ranks.rank, world=ranks.world,
         workers=config.data_config.workers, mode="exact" if config.data_config.decode == "exact" else "scaled",
-        weights=sampler_weights(config.objective, data.train),
+        weights=sampler_weights(config.objective, data.train), pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
     state = TrainState(
         model=model,
         optimizer=build_optimizer(model, config.optim, ranks.device),
         ema=build_ema(model, config.optim.ema) if config.optim.ema else None,
         scaler=GradScaler(ranks.device.type, enabled=config.precision == "fp16"),
-        progress=Progress(total=schedule.total_steps(config.schedule, loader.steps_per_epoch)),
+        progress=Progress(total=schedule.total_steps(config.schedule, loader.steps_per_epoch), data=fingerprint(data.train)),
     )
     replica = ranks.wrap(model)
     job = Job(
@@ -230,7 +235,12 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
     return job
 
 
-def _build_model(config: RunConfig, data: Data) -> Model:
+def fingerprint(dataset: ImageDataset) -> str:
+    """A short text that changes when samples of a data set are added, removed, moved or labelled otherwise."""
+    return hashlib.blake2b(np.ascontiguousarray(dataset.targets).tobytes(), digest_size=8).hexdigest()
+
+
+def _build_model(config: RunConfig, explicit: frozenset[str], data: Data) -> Model:
     changes: dict[str, Any] = {**config.overrides, "num_classes": len(data.classes)}
     if config.input.image_size is not None:
         changes["image_size"] = config.input.image_size
@@ -238,6 +248,8 @@ def _build_model(config: RunConfig, data: Data) -> Model:
         changes["in_channels"] = config.input.channels
     if config.init_from:
         model = load_model(config.init_from, **changes)
+        if config.model not in ("", model.name) and "model" in explicit:
+            raise ConfigError(f"init_from is a {model.name or model.family}, model says {config.model}: give one of them")
         if model.card is None or model.card.classes != data.classes:
             model.reset_head(len(data.classes))
         return model

@@ -54,6 +54,7 @@ class Progress:
     refused_total: int = 0
     seconds: float = 0.0  # spent so far, over all sessions
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of the log
+    data: str = ""  # fingerprint of the training samples
 
 
 @dataclass
@@ -116,7 +117,10 @@ def save_checkpoint(run: Path, state: TrainState, card: ModelCard, keep: int) ->
 
 
 def restore(checkpoint: Path, state: TrainState) -> None:
-    """Put a checkpoint's tensors and counters into `state`. Raises ConfigError if it was not built from the same settings."""
+    """Put a checkpoint's tensors and counters into `state`.
+
+    Raises ConfigError if it was built from other settings or is going to see other training samples.
+    """
     counters = read_json(checkpoint / COUNTERS)
     weights, _ = read_state(checkpoint / MODEL)
     tensors, _ = read_state(checkpoint / TENSORS)
@@ -129,7 +133,11 @@ def restore(checkpoint: Path, state: TrainState) -> None:
             state.scaler.load_state_dict(counters["scaler"])
     except (RuntimeError, KeyError, ValueError) as problem:
         raise ConfigError(f"{checkpoint} does not belong to the settings of this run: {problem}") from None
-    state.progress = from_dict(Progress, counters["progress"])
+    data, state.progress = state.progress.data, from_dict(Progress, counters["progress"])
+    if data != state.progress.data:
+        raise ConfigError(
+            f"the training samples are not those that {checkpoint} was made with, so it cannot be gone on with exactly"
+        )
 
 
 def _under(prefix: str, tensors: dict[str, Any]) -> dict[str, Any]:
