@@ -295,6 +295,14 @@ def test_resume_when_there_is_a_run_and_start_when_there_is_none(fit: Fit, sampl
     assert changed.config.keep_last == 5
 
 
+def test_the_same_call_resumes_whatever_form_its_settings_take(fit: Fit) -> None:
+    settings = {"overrides": {"depth": 1, "patch": (8, 8)}, "precision": "auto", "time_budget": 5.0, "steps": 4}
+    fit(resume=True, **settings)
+    assert fit(resume=True, **settings).history[-1]["kind"] == "final"
+    with pytest.raises(ConfigError, match=r"keeps its settings.*overrides"):
+        fit(resume=True, **{**settings, "overrides": {"depth": 2}})
+
+
 def test_resuming_what_is_no_run_is_refused(samples: Samples, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no run to resume"):
         train(resume=tmp_path, data=samples)

@@ -49,7 +49,7 @@ def rehearse(job: Job, stream: Iterator[Batch]) -> tuple[Rehearsal, Generator[Ba
     micro_step(job, held[0], 0)  # the first one allocates, compiles and warms up
     micro: list[float] = []
     wait: list[float] = []
-    while len(micro) < REHEARSED_STEPS and sum(micro) + sum(wait) < REHEARSED_SECONDS:
+    while len(micro) < REHEARSED_STEPS and job.ranks.agree(sum(micro) + sum(wait) < REHEARSED_SECONDS):
         held.append(next(stream))
         wait.append(held[-1].wait)
         micro.append(_timed(job, lambda: micro_step(job, held[-1], len(held) - 1)))

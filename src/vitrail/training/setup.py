@@ -16,7 +16,18 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from vitrail.checkpoints import load_checkpoint_card, load_model
-from vitrail.config import ConfigError, ModelCard, Preprocess, RunConfig, flat, load, replace_dotted, replace_flat, unknown
+from vitrail.config import (
+    ConfigError,
+    ModelCard,
+    Preprocess,
+    RunConfig,
+    flat,
+    load,
+    replace_dotted,
+    replace_flat,
+    to_dict,
+    unknown,
+)
 from vitrail.cost import memory_format, pick_precision
 from vitrail.data import Data, ImageDataset, TrainLoader, open_data
 from vitrail.data.embedded import NAMES as EMBEDDED
@@ -104,13 +115,22 @@ def _how_far(path: Path) -> str:
 
 def _refuse_changes(stored: RunConfig, given: RunConfig, explicit: frozenset[str], path: Path) -> None:
     before, now = flat(stored), flat(given)
-    changed = [name for name in sorted(explicit - FREE) if now[name] not in (before[name], "auto")]
+    shortened = {"steps"} if stored.schedule.time_budget else set()  # a budget may have become fewer steps
+    changed = [name for name in sorted(explicit - FREE - shortened) if not _agrees(before[name], now[name])]
     if changed:
         listed = ", ".join(f"{name} ({before[name]} there, {now[name]} asked for)" for name in changed)
         raise ConfigError(
             f"a resumed run keeps its settings, but these differ in {path}: {listed}; "
             "start another run with --out, from these weights with --init-from"
         )
+
+
+def _agrees(stored: Any, asked: Any) -> bool:
+    """Whether a stored setting is what is asked for: the value, what "auto" became, or the model's settings and more."""
+    stored, asked = to_dict(stored), to_dict(asked)
+    if isinstance(asked, dict):
+        return all(name in stored and stored[name] == value for name, value in asked.items())
+    return asked in (stored, "auto")
 
 
 @dataclass
