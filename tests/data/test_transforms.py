@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import simplejpeg
 import torch
 from PIL import Image, ImageOps
 from tests.data.pictures import encode, exif, photo
@@ -15,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from vitrail.config import AugmentConfig, ConfigError, Preprocess
 from vitrail.data.images import ImageError, decode_image, open_image
+from vitrail.data.opened import OpenImage
 from vitrail.data.transforms import (
     Box,
     Normalise,
@@ -131,16 +131,24 @@ def test_a_box_of_a_file_is_torchvisions_resized_crop(orientation: int) -> None:
 
 
 def test_a_scaled_box_decodes_no_more_than_it_needs_and_never_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[tuple[int, int]] = []
+    decode = OpenImage.decode
 
-    decoded = []
-    original = simplejpeg.decode_jpeg
-    monkeypatch.setattr(
-        simplejpeg, "decode_jpeg", lambda *a, **k: decoded.append(original(*a, **k).shape[:2]) or original(*a, **k)
-    )
-    image = open_image(encode(photo(640, 640), "JPEG"))
-    for side, expected in ((31, 640), (63, 640), (64, 320), (127, 320), (128, 160), (256, 80), (640, 80)):
-        decode_box(image, Box(0, 0, side, side), Preprocess(image_size=(32, 32)))
+    def spy(image: OpenImage, *arguments: object, **options: object) -> tuple[np.ndarray, int]:
+        result = decode(image, *arguments, **options)
+        decoded.append(result[0].shape[:2])
+        return result
+
+    monkeypatch.setattr(OpenImage, "decode", spy)
+    image, preprocess = open_image(encode(photo(640, 640), "JPEG")), Preprocess(image_size=(32, 32))
+    for side, expected in ((31, 640), (73, 640), (74, 320), (147, 320), (148, 160), (295, 80), (640, 80)):
+        decode_box(image, Box(640 - side, 0, side, side), preprocess)
         assert decoded.pop() == (expected, expected), side
+    for bottom, rows in ((100, 112), (300, 304), (606, 608), (608, 640)):
+        decode_box(image, Box(bottom - 40, 0, 40, 40), preprocess)
+        assert decoded.pop() == (rows, 640), bottom
+        decode_box(image, Box(bottom - 80, 0, 80, 80), preprocess)
+        assert decoded.pop() == (rows // 2, 320), bottom
 
 
 def test_a_scaled_box_keeps_its_place() -> None:
@@ -200,8 +208,9 @@ def test_training_is_a_pure_function_of_the_generator() -> None:
 def test_training_without_crop_is_the_evaluation_fit() -> None:
     data = encode(photo(50, 70), "PNG")
     preprocess = Preprocess(image_size=(32, 32), fit="pad")
-    trained = decode_for_train(data, preprocess, AugmentConfig(crop="none"), torch.Generator())
-    assert torch.equal(trained, decode_for_eval(data, preprocess))
+    for mode in ("exact", "scaled"):
+        trained = decode_for_train(data, preprocess, AugmentConfig(crop="none"), torch.Generator(), mode)  # type: ignore[arg-type]
+        assert torch.equal(trained, decode_for_eval(data, preprocess, mode))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("data", [encode(photo(50, 70), "PNG"), Image.fromarray(photo(50, 70)), picture(50, 70)])
