@@ -1,14 +1,14 @@
 """Decoding and preprocessing side by side with torchvision, timm and transformers: `python -m benchmarks.data`.
 
-Every path takes the same JPEG files to uint8 pictures of 224 x 224 (resize 256 and centre crop, or a random crop), bicubic,
-on one thread. Passes over all pictures of a set alternate between both sides; what is reported is the median of the pairwise
+Every path takes the same JPEG files to uint8 pictures of 224 x 224 (resize 256 and centre crop, or a random crop), on one
+thread; bilinear, the default of v2.Resize and timm, unless the task is called bicubic. Passes over all pictures of a set alternate between both sides; what is reported is the median of the pairwise
 ratios peer / ours with its 95 % bootstrap interval (above 1: ours is faster), and pictures per second.
 
 Sets: `photos`, the JPEGs of at least a megapixel in --photos (without it: made here, so that a clone can run this), and
 `500px`, the same pictures with a long side of 500 pixels at JPEG qualities 75, 85 and 95.
-Tasks: `crop`, training with a crop as large as the centre crop of the others; `random`, training with random crops;
-`eval-exact` and `eval-scaled`, evaluation with full and with DCT-scaled decoding.
-Besides: how far the scaled paths are from torchvision's exact pixels, in grey levels, and with --weights FILE on how many of
+Tasks: `crop` and `crop-bicubic`, training with a crop as large as the centre crop of the others; `random`, training with
+random crops; `eval-exact` and `eval-scaled`, evaluation with full and with DCT-scaled decoding.
+Besides, bicubic: how far the scaled paths are from torchvision's exact pixels, in grey levels, and with --weights FILE on how many of
 600 re-encoded random parts of the photos a Vision Transformer gives the same top-1 class.
 """
 
@@ -20,8 +20,8 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ from vitrail.data.transforms import Box, Normalise, decode_box, decode_for_eval,
 
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "pillow", "simplejpeg", "numpy")
 CROP_FRACTION = 0.875  # resize 256, crop 224
-PREPROCESS = Preprocess(image_size=(224, 224), crop_fraction=CROP_FRACTION, interpolation="bicubic")
+BILINEAR = Preprocess(image_size=(224, 224), crop_fraction=CROP_FRACTION, interpolation="bilinear")
+BICUBIC = replace(BILINEAR, interpolation="bicubic")
 RANDOM = AugmentConfig(crop_scale=(0.35, 1.0), crop_ratio=(3 / 4, 4 / 3))
 TARGETS = {("photos", "crop", "torchvision"): 1.8, ("500px", "crop", "torchvision"): 1.4}
 MAX_DIFFERENCE = 1.5  # grey levels
@@ -60,22 +61,26 @@ class Task:
     peers: dict[str, Callable[[], Load]]
 
 
-def tasks(preprocess: Preprocess = PREPROCESS) -> dict[str, Task]:
+def tasks() -> dict[str, Task]:
     """The tasks by name."""
     generator = torch.Generator().manual_seed(0)
-    evaluation = {"torchvision": torchvision_eval, "timm": timm_eval, "transformers": transformers_eval}
 
-    def crop(path: Path) -> Tensor:
-        return decode_for_train(path, preprocess, as_large_as_the_centre(path), generator)
+    def crop(preprocess: Preprocess) -> Load:
+        return lambda path: decode_for_train(path, preprocess, as_large_as_the_centre(path), generator)
+
+    def peers(interpolation: str) -> dict[str, Callable[[], Load]]:
+        builders = {"torchvision": torchvision_eval, "timm": timm_eval, "transformers": transformers_eval}
+        return {name: partial(build, interpolation) for name, build in builders.items()}
 
     return {
-        "crop": Task(crop, evaluation),
+        "crop": Task(crop(BILINEAR), peers("bilinear")),
+        "crop-bicubic": Task(crop(BICUBIC), peers("bicubic")),
         "random": Task(
-            lambda path: decode_for_train(path, preprocess, RANDOM, generator),
+            lambda path: decode_for_train(path, BILINEAR, RANDOM, generator),
             {"torchvision": torchvision_train, "timm": timm_train},
         ),
-        "eval-exact": Task(lambda path: decode_for_eval(path, preprocess), evaluation),
-        "eval-scaled": Task(lambda path: decode_for_eval(path, preprocess, "scaled"), evaluation),
+        "eval-exact": Task(lambda path: decode_for_eval(path, BILINEAR), peers("bilinear")),
+        "eval-scaled": Task(lambda path: decode_for_eval(path, BILINEAR, "scaled"), peers("bilinear")),
     }
 
 
@@ -96,41 +101,53 @@ def _torchvision(path: Path) -> Tensor:
     return torchvision_decode(str(path), mode="RGB", apply_exif_orientation=True)
 
 
-def torchvision_eval() -> Load:
+def torchvision_eval(interpolation: str) -> Load:
     """torchvision.io and v2, as its reference presets do."""
-    transform = v2.Compose([v2.Resize(256, InterpolationMode.BICUBIC, antialias=True), v2.CenterCrop(224)])
+    transform = v2.Compose([v2.Resize(256, InterpolationMode(interpolation), antialias=True), v2.CenterCrop(224)])
     return lambda path: transform(_torchvision(path))
 
 
 def torchvision_train() -> Load:
     """torchvision.io and v2.RandomResizedCrop."""
-    transform = v2.RandomResizedCrop(224, RANDOM.crop_scale, RANDOM.crop_ratio, InterpolationMode.BICUBIC, antialias=True)
+    transform = v2.RandomResizedCrop(224, RANDOM.crop_scale, RANDOM.crop_ratio, antialias=True)
     return lambda path: transform(_torchvision(path))
 
 
 def _timm(**settings: Any) -> Load:
     from timm.data import create_transform
 
-    transform = create_transform((3, 224, 224), interpolation="bicubic", use_prefetcher=True, **settings)
+    transform = create_transform((3, 224, 224), use_prefetcher=True, **settings)
     return lambda path: transform(Image.open(path).convert("RGB"))
 
 
-def timm_eval() -> Load:
+def timm_eval(interpolation: str) -> Load:
     """timm's evaluation transform as its loader uses it: Pillow, uint8 out (it ignores EXIF orientation)."""
-    return _timm(crop_pct=CROP_FRACTION)
+    return _timm(crop_pct=CROP_FRACTION, interpolation=interpolation)
 
 
 def timm_train() -> Load:
     """timm's training transform with nothing but the random crop."""
-    return _timm(is_training=True, scale=RANDOM.crop_scale, ratio=RANDOM.crop_ratio, hflip=0.0, color_jitter=None)
+    return _timm(
+        is_training=True,
+        scale=RANDOM.crop_scale,
+        ratio=RANDOM.crop_ratio,
+        interpolation="bilinear",
+        hflip=0.0,
+        color_jitter=None,
+    )
 
 
-def transformers_eval() -> Load:
+def transformers_eval(interpolation: str) -> Load:
     """ViTImageProcessor on tensors from torchvision.io, its fastest way, without normalising."""
     from transformers import ViTImageProcessor
 
     processor = ViTImageProcessor(
-        size={"shortest_edge": 256}, do_center_crop=True, crop_size=224, resample=3, do_rescale=False, do_normalize=False
+        size={"shortest_edge": 256},
+        do_center_crop=True,
+        crop_size=224,
+        resample=Image.Resampling[interpolation.upper()],
+        do_rescale=False,
+        do_normalize=False,
     )
     return lambda path: processor(_torchvision(path), return_tensors="pt")["pixel_values"][0]
 
@@ -177,12 +194,12 @@ def centre_box(size: tuple[int, int]) -> Box:
     return Box(down, right, size[0] - 2 * down, size[1] - 2 * right)
 
 
-def differences(paths: list[Path], preprocess: Preprocess = PREPROCESS) -> dict[str, Any]:
+def differences(paths: list[Path], preprocess: Preprocess = BICUBIC) -> dict[str, Any]:
     """Mean absolute difference in grey levels between our paths and torchvision's exact pixels, and the worst picture's."""
-    exact, found = torchvision_eval(), {"crop": [], "eval-scaled": [], "eval-exact": []}
+    exact, found = torchvision_eval(preprocess.interpolation), {"crop": [], "eval-scaled": [], "eval-exact": []}
     for path in paths:
         box = centre_box(size_of(path))
-        part = F.resized_crop(_torchvision(path), *box, [224, 224], InterpolationMode.BICUBIC, antialias=True)
+        part = F.resized_crop(_torchvision(path), *box, [224, 224], InterpolationMode(preprocess.interpolation), antialias=True)
         found["crop"].append(grey_levels(decode_box(open_image(path), box, preprocess), part))
         found["eval-scaled"].append(grey_levels(decode_for_eval(path, preprocess, "scaled"), exact(path)))
         found["eval-exact"].append(grey_levels(decode_for_eval(path, preprocess), exact(path)))
@@ -199,7 +216,7 @@ def grey_levels(a: Tensor, b: Tensor) -> float:
 def agreement(paths: list[Path], weights: Path) -> dict[str, Any]:
     """The share of pictures on which scaled and exact decoding lead a model to the same top-1 class."""
     model = load_model(weights, quiet=True).eval()
-    preprocess = model.card.preprocess if model.card and model.card.preprocess else PREPROCESS
+    preprocess = model.card.preprocess if model.card and model.card.preprocess else BICUBIC
     size, mode = list(preprocess.image_size), InterpolationMode(preprocess.interpolation)
     fit = v2.Compose([v2.Resize(math.floor(size[0] / preprocess.crop_fraction), mode, antialias=True), v2.CenterCrop(size)])
     normalise, smaller, same = Normalise(preprocess), 0, {"crop": 0, "eval-scaled": 0}

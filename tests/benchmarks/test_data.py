@@ -65,7 +65,7 @@ def test_a_training_crop_has_the_size_of_the_centre_crop(photos: list[Path]) -> 
         assert augment.crop_scale[0] * math.prod(image_size(path)) == pytest.approx((0.875 * min(image_size(path))) ** 2)
 
 
-@pytest.mark.parametrize("name", ["crop", "random", "eval-exact", "eval-scaled"])
+@pytest.mark.parametrize("name", ["crop", "crop-bicubic", "random", "eval-exact", "eval-scaled"])
 def test_every_path_gives_uint8_pictures_of_one_size(name: str, photos: list[Path]) -> None:
     task = data.tasks()[name]
     for load in (task.ours, task.peers["torchvision"]()):

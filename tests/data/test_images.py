@@ -270,12 +270,14 @@ JPEG, PNG = encode(SHOWN, "JPEG"), encode(SHOWN, "PNG")
         (b"\0" * 5000, "begins with zeros only"),
         (b"\1\2\3\4" * 9, "begins with the bytes 01 02 03 04"),
         (JPEG[:-300], "a JPEG file cut short"),
-        (JPEG[:100], "a damaged JPEG file"),
+        (JPEG[:100], "a JPEG file cut short"),
+        (JPEG[:3] + b"\xff" * 40, "a damaged JPEG file"),
         (PNG[: len(PNG) // 2], "a PNG file cut short"),
         (PNG[:20], "a (damaged|.*cut short)"),
         (npy(SHOWN)[:-1], "a NumPy file cut short"),
         (encode(SHOWN, "TIFF")[:300], "a TIFF file cut short"),
     ],
+    ids=lambda value: value.replace(" ", "-") if isinstance(value, str) else "",
 )
 def test_the_reason_is_plain(data: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "picture.jpg"

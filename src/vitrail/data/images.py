@@ -29,6 +29,9 @@ DecodeMode = Literal["exact", "scaled"]
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 2**30
 
+# Without waiting: a pipe without a writer must not hang the reader. Ordinary files do not care.
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
 
 def decode_image(
     data: ImageData,
@@ -82,22 +85,25 @@ def open_image(data: ImageData, *, channels: int = 3, max_pixels: int = MAX_PIXE
 def read_file(path: str | os.PathLike) -> bytes:
     """The contents of an ordinary file of at most 1 GiB. Raises ImageError when there is none."""
     try:
-        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise ImageError(f"not an ordinary file: {os.fspath(path)}")
-            if status.st_size > MAX_BYTES:
-                raise ImageError(f"a file of {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
-            return file.read()
+        file = os.open(path, _OPEN_FLAGS)
     except FileNotFoundError:
         raise ImageError(f"no such file: {os.fspath(path)}") from None
     except (OSError, ValueError) as problem:
-        raise problem if isinstance(problem, ImageError) else ImageError(f"cannot be read: {problem}") from None
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """A pipe without a writer must not hang the reader; ordinary files do not care."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+        raise ImageError(f"cannot be read: {problem}") from None
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"not an ordinary file: {os.fspath(path)}")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(f"a file of {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+        data = os.read(file, status.st_size)
+        while len(data) < status.st_size and (more := os.read(file, status.st_size - len(data))):
+            data += more
+        return data
+    except OSError as problem:
+        raise ImageError(f"cannot be read: {problem}") from None
+    finally:
+        os.close(file)
 
 
 def orient(pixels: Pixels, orientation: int) -> UInt8[np.ndarray, "H W c"]:

@@ -12,8 +12,9 @@ COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBA"}  # channels -> simplejpeg's name
 
 _MCU = 16  # rows of the usual unit of a JPEG
 _SKIP = 2 * _MCU  # fewer rows than this are not worth leaving out
-_EXIF, _START_OF_SCAN, _RESTARTS = 0xE1, 0xDA, 0xDD
-_SEQUENTIAL = (0xC0, 0xC1)  # frame headers of JPEGs whose rows follow each other in the file
+_EXIF, _START_OF_SCAN, _RESTARTS = 0xE1, 0xDA, 0xDD  # markers of the JPEG standard, ITU-T T.81, table B.1
+_SEQUENTIAL = (0xC0, 0xC1)  # frames whose rows follow each other in the file
+_FRAMES = (*_SEQUENTIAL, 0xC2)  # and progressive ones
 _REST_LEFT_OUT = "extraneous bytes before marker 0xd9"  # libjpeg's warning when data is left at the end of the picture
 
 
@@ -32,12 +33,13 @@ class JpegImage(OpenImage):
             if top is not None:
                 return top, reduction
         try:
-            return simplejpeg.decode_jpeg(self.bytes, **self._options(self.stored_size[0], reduction, rough)), reduction
+            pixels = simplejpeg.decode_jpeg(self.bytes, **self._options(self.stored_size[0], reduction, rough))
         except ValueError:  # Pillow forgives stray bytes, but not missing ones
             image = open_pillow(self.bytes)
             if (image.height, image.width) != self.stored_size:  # the size that was checked is not the one that counts
                 raise ImageError("a damaged JPEG file: it states two sizes") from None
             return PillowImage(image, self.channels, self.orientation, self.data).decode()
+        return pixels, reduction
 
     def _options(self, height: int, reduction: int, rough: bool) -> dict[str, object]:
         least = (-(-height // reduction), -(-self.stored_size[1] // reduction)) if reduction > 1 else (0, 0)
@@ -61,19 +63,7 @@ class JpegImage(OpenImage):
 
 def open_jpeg(data: bytes, channels: int) -> JpegImage | None:
     """The opened JPEG, or None where it is one for Pillow: CMYK, unusual, or damaged."""
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError:
-        return None
-    if colours in ("CMYK", "YCCK"):
-        return None
-    orientation, frame = _scan_segments(data)
-    return JpegImage(data, channels, (height, width), orientation, frame)
-
-
-def _scan_segments(data: bytes) -> tuple[int, int]:
-    """EXIF orientation (the first block counts), and where the height is stated (0: see JpegImage)."""
-    at, end, orientation, frame, restarts = 2, len(data) - 4, 0, 0, False
+    at, end, orientation, frame, restarts = 2, len(data) - 10, 0, 0, False
     while at <= end and data[at] == 0xFF:
         marker = data[at + 1]
         if marker == _START_OF_SCAN:
@@ -82,11 +72,17 @@ def _scan_segments(data: bytes) -> tuple[int, int]:
             at += 1
             continue
         length = data[at + 2] << 8 | data[at + 3]
-        if marker in _SEQUENTIAL:
-            frame = at + 5
+        if marker in _FRAMES and not frame:
+            frame = at
         elif marker == _RESTARTS:
             restarts = True
         elif marker == _EXIF and not orientation and data[at + 4 : at + 10] == b"Exif\0\0":
             orientation = exif_orientation(data[at + 4 : at + 2 + length])
         at += 2 + length
-    return orientation or 1, 0 if restarts else frame
+    if not frame or data[frame + 4] != 8 or data[frame + 9] not in (1, 3):  # bits of a value, number of components
+        return None
+    size = data[frame + 5] << 8 | data[frame + 6], data[frame + 7] << 8 | data[frame + 8]
+    if not size[0]:  # stated at the end of the first scan
+        return None
+    in_order = data[frame + 1] in _SEQUENTIAL and not restarts
+    return JpegImage(data, channels, size, orientation or 1, frame + 5 if in_order else 0)

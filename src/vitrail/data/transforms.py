@@ -73,10 +73,8 @@ def decode_for_eval(
     mode "scaled" decodes a JPEG at 1/2, 1/4 or 1/8 where that leaves at least the resized size. Raises ImageError.
     """
     image = open_image(data, channels=preprocess.channels, max_pixels=max_pixels)
-    if mode == "exact":
-        return resize_fit(as_tensor(orient(image.decode()[0], image.orientation)), preprocess)
-    size = fitted_size(image.size, preprocess)
-    return _frame(_decode_scaled(image, Box(0, 0, *image.size), size, preprocess.interpolation, rough=False), preprocess)
+    size, whole = fitted_size(image.size, preprocess), Box(0, 0, *image.size)
+    return _frame(_decode_part(image, whole, size, preprocess.interpolation, mode, rough=False), preprocess)
 
 
 def decode_for_train(
@@ -104,10 +102,7 @@ def decode_box(image: OpenImage, box: Box, preprocess: Preprocess, mode: DecodeM
     mode "scaled" decodes only the rows and the detail that the part needs; it may then begin up to 7 pixels further up or
     left, less than one pixel of the result.
     """
-    if mode == "exact":
-        pixels = orient(image.decode()[0], image.orientation)
-        return _resize(_cut(pixels, box), preprocess.image_size, preprocess.interpolation)[0]
-    return _decode_scaled(image, box, preprocess.image_size, preprocess.interpolation, rough=True)
+    return _decode_part(image, box, preprocess.image_size, preprocess.interpolation, mode, rough=True)
 
 
 def random_box(size: tuple[int, int], augment: AugmentConfig, generator: torch.Generator) -> Box:
@@ -117,7 +112,8 @@ def random_box(size: tuple[int, int], augment: AugmentConfig, generator: torch.G
     """
     height, width = size
     low, high = augment.crop_ratio
-    for area, ratio, down, right in torch.rand(_TRIES, 4, generator=generator, dtype=torch.float64).tolist():
+    for _ in range(_TRIES):
+        area, ratio, down, right = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
         area = height * width * (augment.crop_scale[0] + area * (augment.crop_scale[1] - augment.crop_scale[0]))
         ratio = math.exp(math.log(low) + ratio * (math.log(high) - math.log(low)))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -161,24 +157,31 @@ def _frame(image: UInt8[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tenso
     return framed
 
 
-def _decode_scaled(
-    image: OpenImage, box: Box, size: tuple[int, int], interpolation: Interpolation, rough: bool
+def _decode_part(
+    image: OpenImage, box: Box, size: tuple[int, int], interpolation: Interpolation, mode: DecodeMode, rough: bool
 ) -> UInt8[Tensor, "c H W"]:
-    """A part of a picture, decoded no larger than needed, resized to `size`."""
-    # Cut before turning: turned pixels of a reduced picture no longer begin at a whole block.
-    if image.orientation >= 5:
+    """A part of the shown picture, resized to `size`. It is turned last, when there is least to turn."""
+    orientation = image.orientation
+    if orientation >= 5:
         size = (size[1], size[0])
-    top, left, height, width = _as_stored(box, image) if image.orientation > 1 else box
-    scale = _MARGIN * max(size[0] / height, size[1] / width)
-    pixels, reduction = image.decode(scale, rows=top + height, rough=rough)
-    # A whole number of reduced pixels at the start, a fraction allowed at the end: then no part of the picture is shifted.
-    top, left = top // reduction, left // reduction
-    extent = (height / reduction, width / reduction)
-    part = Box(top, left, min(math.ceil(extent[0]), pixels.shape[0] - top), min(math.ceil(extent[1]), pixels.shape[1] - left))
-    resized = _resize_reduced(_cut(pixels, part), size, interpolation, extent)[0]
-    if image.orientation == 1:
-        return resized
-    return as_tensor(orient(resized.permute(1, 2, 0).numpy(), image.orientation))
+    top, left, height, width = _as_stored(box, image) if orientation > 1 else box
+    if mode == "exact":
+        pixels, reduction = image.decode(rows=top + height)
+        # torchvision resizes along the shown width first; in a picture that lies on its side, that is the stored height.
+        rows_first = orientation >= 5
+    else:
+        pixels, reduction = image.decode(_MARGIN * max(size[0] / height, size[1] / width), top + height, rough)
+        rows_first = size[0] < height
+    if reduction == 1:
+        resized = _resize(_cut(pixels, top, left, height, width), size, interpolation, rows_first)
+    else:
+        # A whole number of reduced pixels at the start, a fraction allowed at the end: then nothing is shifted.
+        extent = (height / reduction, width / reduction)
+        part = _cut(pixels, top // reduction, left // reduction, math.ceil(extent[0]), math.ceil(extent[1]))
+        resized = _resize_reduced(part, size, interpolation, extent)
+    if orientation == 1:
+        return resized[0]
+    return as_tensor(orient(resized[0].permute(1, 2, 0).numpy(), orientation))
 
 
 def _as_stored(box: Box, image: OpenImage) -> Box:
@@ -191,8 +194,8 @@ def _as_stored(box: Box, image: OpenImage) -> Box:
     return Box(left, top, width, height) if image.orientation >= 5 else Box(top, left, height, width)
 
 
-def _cut(pixels: Pixels, box: Box) -> UInt8[Tensor, "1 c H W"]:
-    part = np.ascontiguousarray(pixels[box.top : box.top + box.height, box.left : box.left + box.width])
+def _cut(pixels: Pixels, top: int, left: int, height: int, width: int) -> UInt8[Tensor, "1 c H W"]:
+    part = np.ascontiguousarray(pixels[top : top + height, left : left + width])
     return _one(torch.from_numpy(part if part.flags.writeable else part.copy()))
 
 
@@ -206,24 +209,30 @@ def _one(pixels: UInt8[Tensor, "h w c"]) -> UInt8[Tensor, "1 c h w"]:
     return pixels.as_strided((1, c, h, w), (c * h * w, 1, w * c, c))
 
 
-def _resize(images: UInt8[Tensor, "1 c h w"], size: tuple[int, int], interpolation: Interpolation) -> UInt8[Tensor, "1 c H W"]:
-    """Antialiased resize, as torchvision v2 does it: columns first."""
-    if (images.shape[2], images.shape[3]) == size:
+def _resize(
+    images: UInt8[Tensor, "1 c h w"], size: tuple[int, int], interpolation: Interpolation, rows_first: bool = False
+) -> UInt8[Tensor, "1 c H W"]:
+    """Antialiased resize. torch, and so torchvision v2, works along the width first; where a picture shrinks, the rows first
+    is faster, as it leaves less to do for the slower of the two passes."""
+    height, width = images.shape[2:]
+    if (height, width) == size:
         return images
-    return F.interpolate(images, size=size, mode=interpolation, antialias=interpolation != "nearest")
+    antialias = interpolation != "nearest"
+    if rows_first and height != size[0]:
+        images = F.interpolate(images, size=(size[0], width), mode=interpolation, antialias=antialias)
+    return F.interpolate(images, size=size, mode=interpolation, antialias=antialias)
 
 
 def _resize_reduced(
     images: UInt8[Tensor, "1 c h w"], size: tuple[int, int], interpolation: Interpolation, extent: tuple[float, float]
 ) -> UInt8[Tensor, "1 c H W"]:
-    """Antialiased resize where the last row and column may be partial: the input covers `extent` (height, width) of pixels.
-
-    Where the picture shrinks, rows come first: that way the columns, the slower of the two passes, have less to do.
-    """
-    # The size of the result is cut off, not rounded: without the small addition it could come out one short.
-    down, across = ((side + 1e-3) / covered for side, covered in zip(size, extent, strict=True))
-    for scale in ((down, 1.0), (1.0, across)) if down < 1 else ((down, across),):
+    """As `_resize` with rows first, for a picture whose last row and column are partial: it covers `extent` (height, width)."""
+    antialias = interpolation != "nearest"
+    for axis in (0, 1):
+        # The size of the result is cut off, not rounded: without the small addition it could come out one short.
+        scale = [1.0, 1.0]
+        scale[axis] = (size[axis] + 1e-3) / extent[axis]
         images = F.interpolate(
-            images, scale_factor=scale, mode=interpolation, antialias=interpolation != "nearest", recompute_scale_factor=False
-        )[:, :, : size[0]]
-    return images[:, :, :, : size[1]]
+            images, scale_factor=scale, mode=interpolation, antialias=antialias, recompute_scale_factor=False
+        ).narrow(2 + axis, 0, size[axis])
+    return images
