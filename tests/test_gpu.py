@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from tests import golden
+
 from vitrail.checkpoints import load_model
 
 pytestmark = pytest.mark.gpu
 
 CASES = {
     "timm_vit_tinycfg_cls": {"heads": 4}, "timm_vit_tinycfg_eps": {"heads": 4}, "hf_vit_tinycfg_eps": {"heads": 4},
-    "tv_vit_tinycfg": {"heads": 4}, "timm_vit_tiny_patch16_224": {}, "timm_vit_base_patch16_224": {}, "hf_vit_base_patch16_224": {},
-    "timm_vit_base_patch16_224_dynamic_192x256": {}, "tv_vit_b_32": {}, "tv_resnet50": {},
+    "tv_vit_tinycfg": {"heads": 4}, "timm_vit_tiny_patch16_224": {}, "timm_vit_base_patch16_224": {},
+    "hf_vit_base_patch16_224": {}, "timm_vit_base_patch16_224_dynamic_192x256": {}, "tv_vit_b_32": {}, "tv_resnet50": {},
 }  # fmt: skip
 
 

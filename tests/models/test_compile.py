@@ -1,4 +1,4 @@
-"""torch.compile takes every family in one graph; these run in a process without the type checks, which would break the graph."""
+"""torch.compile takes every family in one graph, in a process without the type checks, which would break it."""
 
 from __future__ import annotations
 

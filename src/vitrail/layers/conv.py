@@ -7,7 +7,6 @@ from functools import partial
 
 from torch import Tensor, nn
 
-
 ReLU = partial(nn.ReLU, inplace=True)  # what it overwrites (a normalised map, a sum) is needed by nobody else
 
 

@@ -21,12 +21,14 @@ def digits() -> RunConfig:
         data="digits",
         model="vit_tiny_patch16_224",
         overrides={"width": 64, "depth": 4, "heads": 4, "mlp_dim": 256, "patch": [4, 4], "pool": "mean", "class_token": False},
-        batch_size=128,
+        batch_size=64,
+        precision="bf16",
+        eval_every=10.0,
         input=InputConfig(image_size=(20, 20), channels=1),
         augment=AugmentConfig(
             crop="none", hflip=0.0, affine_degrees=10.0, affine_translate=0.1, affine_scale=(0.9, 1.1), affine_shear=10.0
         ),
         objective=ObjectiveConfig(label_smoothing=0.1),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.05, ema=0.998),
-        schedule=ScheduleConfig(epochs=40, warmup_epochs=2),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.05, ema=0.999),
+        schedule=ScheduleConfig(epochs=50, warmup_epochs=2),
     )
