@@ -258,6 +258,22 @@ def test_a_sample_does_not_depend_on_its_batch(channels: int) -> None:
     assert torch.equal(augment(last, keys(40, epoch=3), 11), together)
 
 
+def test_the_number_of_threads_changes_nothing() -> None:
+    """Also under inference mode, which belongs to a thread."""
+    pictures = torch.stack([torch.from_numpy(photo(120, 130, seed)).permute(2, 0, 1) for seed in range(4)]).repeat(30, 1, 1, 1)
+    augment = DeviceAugment(EVERYTHING)
+    alone = augment(pictures, keys(120), 0)
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(augment(pictures, keys(120), 0), alone)
+        with torch.inference_mode():
+            assert torch.equal(augment(pictures, keys(120), 0), alone)
+        assert augment(pictures[:0], keys(0), 0).shape == (0, 3, 120, 130)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_every_part_of_the_key_matters() -> None:
     augment, pictures = DeviceAugment(EVERYTHING), PICTURES[:1].expand(8, -1, -1, -1)
     base = augment(pictures, keys(8), 0)

@@ -8,6 +8,8 @@ host, where it must be known anyway which samples an operation has to run on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import permutations
 
 import numpy as np
@@ -30,10 +32,16 @@ _SOLARIZE_AT = 128
 _ERASED_AREA = (0.02, 1 / 3)  # Zhong et al. 2017, section 4.2, with the upper end of the DeiT recipe
 _ERASED_RATIO = (0.3, 1 / 0.3)
 _TRIES = 10  # of drawing a box that fits
+_GROUP = 2_400_000  # values that a thread takes at a time
 _CPU_CHUNK = 600_000  # values worked on together on a CPU, so that they stay in its caches: 4 pictures of 224 x 224
 
 # Each purpose draws from its own stream, so that switching one on or off leaves the others' numbers alone.
 _FLIP, _AFFINE, _THREE, _JITTER, _ERASE, _NOISE, _RANDAUGMENT = range(7)
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "augment", lambda: torch.set_num_threads(1))  # which counts for the calling thread only
 
 
 class Draws:
@@ -88,15 +96,28 @@ class DeviceAugment(nn.Module):
         )
         self.stages = [stage for stage, wanted in stages if wanted]
 
-    @torch.no_grad()
     def forward(self, images: UInt8[Tensor, "b c h w"], keys: Int64[Tensor, "b 2"], seed: int) -> UInt8[Tensor, "b c h w"]:
         """keys: (epoch or copy, sample index) of each picture, best kept on the CPU. The input is left as it is."""
         if not self.stages:
             return images
-        images, draws = images.clone(memory_format=torch.contiguous_format), Draws(seed, keys.cpu().numpy())
-        for stage in self.stages:
-            stage(images, draws)
-        return images
+        result, rows = torch.empty_like(images, memory_format=torch.contiguous_format), keys.cpu().numpy()
+        if images.device.type != "cpu" or torch.get_num_threads() == 1:
+            self._augment(images, result, rows, seed)
+            return result
+        # Many small operations: divided among torch's own threads, each would wait for the slowest of them, and for long where
+        # loader processes want the cores too. So the samples are divided instead, and each thread works alone.
+        pool, group = _threads(torch.get_num_threads()), max(1, _GROUP // images.shape[1:].numel())
+        parts = zip(images.split(group), result.split(group), np.split(rows, range(group, len(rows), group)), strict=True)
+        for done in [pool.submit(self._augment, *part, seed) for part in parts]:
+            done.result()
+        return result
+
+    def _augment(self, images: Tensor, result: Tensor, keys: np.ndarray, seed: int) -> None:
+        with torch.inference_mode(result.is_inference()):
+            result.copy_(images)
+            draws = Draws(seed, keys)
+            for stage in self.stages:
+                stage(result, draws)
 
     def _flip(self, images: Tensor, draws: Draws) -> None:
         across, down = draws.uniform(_FLIP, 2).T
