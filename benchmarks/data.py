@@ -1,15 +1,16 @@
 """Decoding and preprocessing side by side with torchvision, timm and transformers: `python -m benchmarks.data`.
 
 Every path takes the same JPEG files to uint8 pictures of 224 x 224 (resize 256 and centre crop, or a random crop), on one
-thread; bilinear, the default of v2.Resize and timm, unless the task is called bicubic. Passes over all pictures of a set alternate between both sides; what is reported is the median of the pairwise
-ratios peer / ours with its 95 % bootstrap interval (above 1: ours is faster), and pictures per second.
+thread; bilinear, the default of v2.Resize and timm, unless the task is called bicubic. Passes over all pictures of a set
+alternate between both sides; what is reported is the median of the pairwise ratios peer / ours with its 95 % bootstrap
+interval (above 1: ours is faster), and pictures per second.
 
 Sets: `photos`, the JPEGs of at least a megapixel in --photos (without it: made here, so that a clone can run this), and
 `500px`, the same pictures with a long side of 500 pixels at JPEG qualities 75, 85 and 95.
 Tasks: `crop` and `crop-bicubic`, training with a crop as large as the centre crop of the others; `random`, training with
 random crops; `eval-exact` and `eval-scaled`, evaluation with full and with DCT-scaled decoding.
-Besides, bicubic: how far the scaled paths are from torchvision's exact pixels, in grey levels, and with --weights FILE on how many of
-600 re-encoded random parts of the photos a Vision Transformer gives the same top-1 class.
+Besides, bicubic: how far the scaled paths are from torchvision's exact pixels, in grey levels, and with --weights FILE on
+how many of 600 re-encoded random parts of the photos a Vision Transformer gives the same top-1 class.
 """
 
 from __future__ import annotations

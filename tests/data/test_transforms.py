@@ -100,6 +100,23 @@ def test_evaluation_of_a_file(orientation: int) -> None:
     assert 0 < grey_levels(scaled, expected) < 2
 
 
+def test_a_thread_of_pixels_is_refused_not_inflated() -> None:
+    data = encode(np.zeros((1, 60_000, 3), np.uint8), "PNG")
+    for mode in ("exact", "scaled"):
+        with pytest.raises(ImageError, match="60000 x 1 pixels are too long a shape to be cut to 224 x 224"):
+            decode_for_eval(data, Preprocess(), mode)  # type: ignore[arg-type]
+    assert decode_for_eval(data, Preprocess(image_size=(32, 32), fit="pad")).shape == (3, 32, 32)
+    assert decode_for_train(data, Preprocess(image_size=(32, 32)), AugmentConfig(), torch.Generator()).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (64, 50), (33, 32)])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_small_pictures_are_enlarged_as_torchvision_does(size: tuple[int, int], orientation: int) -> None:
+    data = encode(photo(*size), "PNG", exif=exif(orientation))
+    expected = v2.Compose([v2.Resize(40, MODES["bicubic"], antialias=True), v2.CenterCrop(32)])(decode_image(data))
+    assert torch.equal(decode_for_eval(data, Preprocess(image_size=(32, 32), crop_fraction=0.8)), expected)
+
+
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 def test_scaled_evaluation_is_close_to_the_exact_one(fit: str) -> None:
     preprocess = Preprocess(image_size=(28, 36), fit=fit)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from vitrail.config import AugmentConfig, ConfigError, Interpolation, Preprocess
 from vitrail.data.images import MAX_PIXELS, DecodeMode, ImageData, as_tensor, open_image, orient
-from vitrail.data.opened import OpenImage, Pixels
+from vitrail.data.opened import ImageError, OpenImage, Pixels
 
 # A picture is decoded smaller only if this much more than the result's size is left: the last step of the reduction is then
 # made by the same filter as in the exact path, which brings the pixels of both much closer.
@@ -128,7 +128,10 @@ def random_box(size: tuple[int, int], augment: AugmentConfig, generator: torch.G
 
 
 def fitted_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int]:
-    """(height, width) that a picture of this size is resized to before cropping or padding."""
+    """(height, width) that a picture of this size is resized to before cropping or padding.
+
+    Raises ImageError where that would be a monstrous picture: a few pixels high and a hundred thousand wide, cut to a square.
+    """
     (height, width), (out_h, out_w) = size, preprocess.image_size
     if preprocess.fit == "stretch":
         return out_h, out_w
@@ -137,9 +140,13 @@ def fitted_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int
             return out_h, min(out_w, max(1, round(out_h * width / height)))
         return min(out_h, max(1, round(out_w * height / width))), out_w
     cover_h, cover_w = math.floor(out_h / preprocess.crop_fraction), math.floor(out_w / preprocess.crop_fraction)
-    if cover_h * width >= cover_w * height:  # the height is what binds; the other side is cut off as v2's Resize does
-        return cover_h, int(cover_h * width / height)
-    return int(cover_w * height / width), cover_w
+    if cover_h * width >= cover_w * height:  # the height is what binds; the other side is rounded down as v2's Resize does
+        resized = cover_h, int(cover_h * width / height)
+    else:
+        resized = int(cover_w * height / width), cover_w
+    if math.prod(resized) > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels are too long a shape to be cut to {out_w} x {out_h}")
+    return resized
 
 
 def _frame(image: UInt8[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "c H W"]:
