@@ -11,7 +11,6 @@ from vitrail.data.pillow import exif_orientation, open_pillow
 COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBA"}  # channels -> simplejpeg's name
 
 _MCU = 16  # rows of the usual unit of a JPEG
-_SKIP = 2 * _MCU  # fewer rows than this are not worth leaving out
 _EXIF, _START_OF_SCAN, _RESTARTS = 0xE1, 0xDA, 0xDD  # markers of the JPEG standard, ITU-T T.81, table B.1
 _SEQUENTIAL = (0xC0, 0xC1)  # frames whose rows follow each other in the file
 _FRAMES = (*_SEQUENTIAL, 0xC2)  # and progressive ones
@@ -28,7 +27,7 @@ class JpegImage(OpenImage):
     def _decode(self, scale: float, rows: int | None, rough: bool) -> tuple[Pixels, int]:
         # What libjpeg-turbo reduces by in vector code; 8/5, 8/6 and 8/7 take longer than the full size.
         reduction = 8 if scale <= 1 / 8 else 4 if scale <= 1 / 4 else 2 if scale <= 1 / 2 else 1
-        if rows is not None and self.frame and (needed := -(-(rows + reduction) // _MCU) * _MCU) <= self.stored_size[0] - _SKIP:
+        if rows is not None and self.frame and (needed := -(-(rows + reduction) // _MCU) * _MCU) < self.stored_size[0]:
             top = self._top(needed, reduction, rough)
             if top is not None:
                 return top, reduction
@@ -43,6 +42,7 @@ class JpegImage(OpenImage):
 
     def _options(self, height: int, reduction: int, rough: bool) -> dict[str, object]:
         least = (-(-height // reduction), -(-self.stored_size[1] // reduction)) if reduction > 1 else (0, 0)
+        # The fast DCT as well would save 2 % more, but it changes what a model sees in one picture of fifty.
         colours = COLOURS[self.channels]
         return {"colorspace": colours, "fastupsample": rough, "min_height": least[0], "min_width": least[1]}
 
@@ -52,7 +52,8 @@ class JpegImage(OpenImage):
         libjpeg is told that the picture ends there. It then warns that data is left, after all pixels have been written;
         as it reports the first warning only, damage among the wanted rows would be reported instead, and so is a missing end.
         """
-        shorter = b"".join((self.bytes[: self.frame], height.to_bytes(2, "big"), self.bytes[self.frame + 2 :]))
+        shorter = bytearray(self.bytes)
+        shorter[self.frame : self.frame + 2] = height.to_bytes(2, "big")
         pixels = np.empty((-(-height // reduction), -(-self.stored_size[1] // reduction), self.channels), np.uint8)
         try:
             simplejpeg.decode_jpeg(shorter, buffer=pixels, **self._options(height, reduction, rough))
