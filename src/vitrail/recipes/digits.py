@@ -26,9 +26,9 @@ def digits() -> RunConfig:
         eval_every=10.0,
         input=InputConfig(image_size=(20, 20), channels=1),
         augment=AugmentConfig(
-            crop="none", hflip=0.0, affine_degrees=10.0, affine_translate=0.1, affine_scale=(0.9, 1.1), affine_shear=10.0
+            crop="none", hflip=0.0, affine_degrees=15.0, affine_translate=0.1, affine_scale=(0.85, 1.15), affine_shear=15.0
         ),
         objective=ObjectiveConfig(label_smoothing=0.1),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05, ema=0.999),
-        schedule=ScheduleConfig(epochs=50, warmup_epochs=2),
+        schedule=ScheduleConfig(epochs=60, warmup_epochs=2),
     )
