@@ -60,17 +60,16 @@ def attend(
 def _prefers_fused(q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
     """Whether scaled_dot_product_attention is the fast choice for these operands.
 
-    Measured on x86 CPUs with AVX-512 (`python -m benchmarks.attention`): the fused kernel wins float32 inference from about
-    100 tokens on and long half-precision sequences; its backward pass is 1.2x (float32) to 4x (bfloat16) slower than two
-    batched products around a softmax at the token counts of this field, and a bias that needs a gradient drops it to its
-    slowest path. Accelerators and exports always take it.
+    Measured on an x86 CPU with AVX512-BF16 (benchmarks/results/attention-cpu.json): in float32 the fused kernel wins, forward
+    and backward, 1.1x to 3x; in bfloat16 two batched products around a softmax win up to 1.5x forward and 2x to 4x with the
+    backward pass, at 50 to 1025 tokens. A bias that needs a gradient drops the fused kernel to its slowest path.
+    Accelerators and exports always take it.
     """
     if q.device.type != "cpu" or torch.compiler.is_exporting():
         return True
-    tokens = k.shape[-2]
-    if torch.is_grad_enabled() and (q.requires_grad or (bias is not None and bias.requires_grad)):
-        return tokens > 1024 and not (bias is not None and bias.requires_grad)
-    return tokens >= (96 if q.dtype == torch.float32 else 1024)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return False
+    return q.dtype not in (torch.bfloat16, torch.float16) or k.shape[-2] > 2048  # beyond, the map itself takes too much memory
 
 
 def attention_sites(model: nn.Module) -> dict[str, AttentionSite]:

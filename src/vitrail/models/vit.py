@@ -158,17 +158,12 @@ class ViT(Model):
             raise ValueError("a mask was given, but the model has no mask token; build it with mask_token=True")
 
     def _add_prefix(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        b = tokens.shape[0]
+        b, c = tokens.shape[0], self.config.position
         prefix = [t.expand(b, -1, -1) for t in (self.class_token, self.registers) if t is not None]
-        c = self.config.position
-        if c.kind in ("none", "relative") or c.place != "stem":
-            tokens = torch.cat([*prefix, tokens], 1) if prefix else tokens
-        else:
-            first, patches = self.positions[0](grid[1:])
-            tokens = tokens + patches
-            if prefix:
-                head = torch.cat(prefix, 1) if len(prefix) > 1 else prefix[0]
-                tokens = torch.cat([head if first is None else head + first, tokens], 1)
+        # The convolution leaves channels outermost in memory; every later layer wants them innermost.
+        tokens = torch.cat([*prefix, tokens], 1) if prefix else tokens.contiguous()
+        if c.kind not in ("none", "relative") and c.place == "stem":
+            tokens = self._add_table(tokens, self.positions[0], grid)
         return self.stem_norm(self.drop(tokens))
 
     def _add_table(self, tokens: Tensor, position: nn.Module, grid: tuple[int, int, int]) -> Tensor:
