@@ -52,7 +52,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         """Post-activation residual."""
-        return self.act(self.drop_path(self.conv2(self.conv1(x))) + self.shortcut(x))
+        y = self.drop_path(self.conv2(self.conv1(x)))
+        y += self.shortcut(x)  # in place: one map less to allocate
+        return self.act(y)
 
 
 class Bottleneck(nn.Module):
@@ -72,7 +74,9 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
         """Post-activation residual."""
-        return self.act(self.drop_path(self.conv3(self.conv2(self.conv1(x)))) + self.shortcut(x))
+        y = self.drop_path(self.conv3(self.conv2(self.conv1(x))))
+        y += self.shortcut(x)  # in place: one map less to allocate
+        return self.act(y)
 
 
 class ResNet(Model):
