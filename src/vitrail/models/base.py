@@ -33,6 +33,10 @@ class Model(nn.Module, ABC):
     def features(self, x: Tensor) -> Features:
         """Tokens of a normalised input, (b, c, h, w) or (b, c, t, h, w)."""
 
+    def pyramid(self, x: Tensor) -> list[Features]:
+        """One Features per stage, finest first; the last is features(x). A plain (single-scale) model has one."""
+        return [self.features(x)]
+
     @abstractmethod
     def pool(self, features: Features) -> Tensor:
         """The embedding (b, c) that the head, probes and nearest neighbours use."""

@@ -111,13 +111,19 @@ class ResNet(Model):
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Features:
         """Cells of the last feature map as tokens, row by row. Raises ValueError for another number of channels."""
+        return self.pyramid(x)[-1]
+
+    def pyramid(self, x: Float[Tensor, "b c h w"]) -> list[Features]:
+        """The feature map after every stage, finest first."""
         if x.shape[1] != self.config.in_channels:
             raise ValueError(f"the model takes {self.config.in_channels} channels, the input has {x.shape[1]}")
         x = self.stem_pool(self.stem(x))
+        found = []
         for stage in self.stages:
             for block in stage:  # type: ignore[attr-defined]
                 x = self.run_block(block, x)
-        return Features(x.flatten(2).transpose(1, 2), (1, x.shape[2], x.shape[3]), 0)
+            found.append(Features(x.flatten(2).transpose(1, 2), (1, x.shape[2], x.shape[3]), 0))
+        return found
 
     def pool(self, features: Features) -> Float[Tensor, "b c"]:
         """The mean over the feature map."""
