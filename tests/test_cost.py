@@ -31,7 +31,7 @@ def test_flops_of_another_input_size() -> None:
     model = create_model("vit_tiny_patch16_224", image_size=(224, 320), num_classes=10)
     wide = cost.count_flops(model)
     assert cost.count_flops(model, (3, 224, 160)) < cost.count_flops(model, (3, 224, 224)) < wide
-    assert cost.input_shape(model) == (3, 224, 320)
+    assert model.input_shape == (3, 224, 320)
 
 
 def test_counting_leaves_the_model_alone() -> None:

@@ -93,13 +93,8 @@ def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def input_shape(model: Model) -> tuple[int, ...]:
-    """Shape of one input, without the batch: (channels, height, width)."""
-    return (model.config.in_channels, *model.config.image_size)
-
-
 def count_flops(model: Model, shape: tuple[int, ...] | None = None) -> int:
-    """FLOPs of one forward pass of one input of `shape` (channels, height, width; default: the model's own).
+    """FLOPs of one forward pass of one input of `shape`, without the batch (default: the model's `input_shape`).
 
     A multiply-add counts as 2; matrix products, convolutions and attention count, element-wise work does not (the convention
     of torch.utils.flop_counter). Half of it is what papers print as "GFLOPs" (GMACs).
@@ -107,7 +102,7 @@ def count_flops(model: Model, shape: tuple[int, ...] | None = None) -> int:
     with _pretended(model, training=False) as forward, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         counter = FlopCounterMode(display=False)
         with counter:
-            forward(torch.empty(1, *(shape or input_shape(model))))
+            forward(torch.empty(1, *(shape or model.input_shape)))
     return int(counter.get_total_flops())
 
 
@@ -145,7 +140,7 @@ def forecast_memory(
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) if training else 0
     with _pretended(model, training) as forward, torch.set_grad_enabled(training):
-        images = torch.empty(batch_size, *(shape or input_shape(model)))
+        images = torch.empty(batch_size, *(shape or model.input_shape))
         with _LiveBytes() as live:
             with autocast(torch.device("cpu"), precision):
                 logits = forward(images)

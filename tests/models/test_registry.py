@@ -9,7 +9,7 @@ import torch
 
 from vitrail.layers.features import Features
 from vitrail.layers.position import KINDS, PLACES
-from vitrail.models import FAMILIES, MODELS, create_model, family_of, list_models
+from vitrail.models import FAMILIES, MODELS, Model, create_model, family_of, list_models
 
 MICROS = [name for name in MODELS if "_micro" in name]
 # Parameter counts: ViT paper and AugReg (facts checked against timm); ResNet: torchvision's documentation.
@@ -20,6 +20,11 @@ PARAMETERS = {
     "vit_large_patch16_512": 305_174_504, "vit_huge_patch14_518": 633_470_440, "resnet18": 11_689_512,
     "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
 }  # fmt: skip
+
+
+def example(model: Model, batch: int = 2) -> torch.Tensor:
+    """A batch of random inputs of the size the model is built for."""
+    return torch.randn(batch, *model.input_shape)
 
 
 def test_every_family_has_a_micro_variant() -> None:
@@ -40,7 +45,7 @@ class TestEveryFamily:
     def test_contract(self, name: str) -> None:
         model = create_model(name, num_classes=5).eval()
         torch.nn.init.normal_(model.head.linear.weight)
-        x = torch.randn(2, 3, 16, 16)
+        x = example(model)
         features = model.features(x)
         assert isinstance(features, Features)
         t, h, w = features.grid
@@ -54,26 +59,44 @@ class TestEveryFamily:
         for module in model.modules():  # a zero gain at the end of a branch hides the gradients before it
             if isinstance(module, torch.nn.BatchNorm2d):
                 torch.nn.init.ones_(module.weight)
-        model(torch.randn(4, 3, 16, 16)).square().sum().backward()
+        model(example(model, 4)).square().sum().backward()
         silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert silent == []
 
     def test_rectangles_and_channels(self, name: str) -> None:
         model = create_model(name, num_classes=3, image_size=(8, 16), in_channels=5)
-        assert model(torch.randn(2, 5, 8, 16)).shape == (2, 3)
-        assert model(torch.randn(2, 5, 16, 24)).shape == (2, 3)
+        assert model.input_shape[-2:] == (8, 16)
+        assert model(example(model)).shape == (2, 3)
+        lead = model.input_shape[:-2]
+        assert model(torch.randn(2, *lead, 16, 24)).shape == (2, 3)
         with pytest.raises(ValueError, match="takes 5 channels, the input has 3"):
-            model(torch.randn(2, 3, 8, 16))
+            model(torch.randn(2, 3, *model.input_shape[1:]))
+        with pytest.raises(ValueError, match=r"takes (clips|images) \(b, c, .*the input has shape \(5, "):
+            model.check_input(torch.randn(model.input_shape))
+
+    def test_clips_of_other_lengths(self, name: str) -> None:
+        model = create_model(name)
+        if not model.takes_clips:
+            assert model.frame_multiple == 1
+            return
+        channels, frames, *size = model.input_shape
+        longer = torch.randn(2, channels, frames + model.frame_multiple, *size)
+        assert model(longer).shape == (2, model.config.num_classes)
+        shorter = create_model(name, frames=frames - model.frame_multiple)
+        assert shorter(example(shorter)).shape == (2, model.config.num_classes)
+        if model.frame_multiple > 1:
+            with pytest.raises(ValueError, match=f"{frames + 1} frames .* nearest valid: {frames} or"):
+                model(torch.randn(2, channels, frames + 1, *size))
 
     def test_new_heads_start_at_zero(self, name: str) -> None:
         model = create_model(name)
         model.reset_head(7)
         assert model.config.num_classes == 7
-        assert not model(torch.randn(2, 3, 16, 16)).any()
+        assert not model(example(model)).any()
 
     def test_checkpointing_changes_nothing(self, name: str) -> None:
-        x, grads = torch.randn(3, 3, 16, 16), []
         model = create_model(name)
+        x, grads = example(model, 3), []
         torch.nn.init.normal_(model.head.linear.weight)
         state = {key: value.clone() for key, value in model.state_dict().items()}
         for on in (False, True):
@@ -96,15 +119,15 @@ class TestEveryFamily:
     def test_exports_to_a_full_graph(self, name: str) -> None:
         model = create_model(name).eval()
         torch.nn.init.normal_(model.head.linear.weight)
-        x = torch.randn(2, 3, 16, 16)
+        x = example(model)
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=64)},))
-        y = torch.randn(5, 3, 16, 16)
+        y = example(model, 5)
         torch.testing.assert_close(program.module()(y), model(y), atol=1e-5, rtol=1e-5)
 
     def test_half_precision_stays_close(self, name: str) -> None:
         model = create_model(name).eval()
         torch.nn.init.normal_(model.head.linear.weight)
-        x = torch.randn(4, 3, 16, 16)
+        x = example(model, 4)
         exact = model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rough = model(x)

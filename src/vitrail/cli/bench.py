@@ -35,7 +35,7 @@ class Arguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A name that `vitrail models` lists, or a checkpoint or run directory."""
     image_size: tuple[int, int] | None = None  # height,width in pixels; by default the model's own
-    batch_size: int = 32  # pictures at once, for the throughput
+    batch_size: int = 32  # pictures or clips at once, for the throughput
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fast one of this device
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     compile: bool = False  # torch.compile; compiling is not counted
@@ -70,13 +70,13 @@ def measure(arguments: Arguments) -> dict[str, dict[str, Any]]:
     before = resident_peak()
     model = open_model(arguments).to(device)
     flops, peak = cost.count_flops(model), cost.matmul_peak(device, precision)
-    shape = cost.input_shape(model)
+    shape, word = model.input_shape, "clip" if model.takes_clips else "picture"
     result: dict[str, dict[str, Any]] = {
         "Model": {
             "name": model.name or arguments.model,
             "input": " x ".join(map(str, shape)),
             "parameters": f"{cost.count_parameters(model):,}",
-            "GFLOPs per picture": flops / 1e9,
+            f"GFLOPs per {word}": flops / 1e9,
         },
         "Machine": {
             "device": str(device),
@@ -87,7 +87,7 @@ def measure(arguments: Arguments) -> dict[str, dict[str, Any]]:
         },
     }
     runner = torch.compile(model) if arguments.compile else model
-    images = torch.randn(arguments.batch_size, *shape, device=device)
+    inputs = torch.randn(arguments.batch_size, *shape, device=device)
 
     def infer(x: torch.Tensor) -> None:
         with torch.inference_mode(), cost.autocast(device, precision):
@@ -95,20 +95,20 @@ def measure(arguments: Arguments) -> dict[str, dict[str, Any]]:
         cost.synchronise(device)
 
     model.eval()
-    per_batch = statistics.median(timed(lambda: infer(images), arguments.seconds))
-    singles = sorted(timed(lambda: infer(images[:1]), arguments.seconds, SINGLES))
+    per_batch = statistics.median(timed(lambda: infer(inputs), arguments.seconds))
+    singles = sorted(timed(lambda: infer(inputs[:1]), arguments.seconds, SINGLES))
     result["Inference"] = {
-        f"pictures/s (batch {arguments.batch_size})": arguments.batch_size / per_batch,
+        f"{word}s/s (batch {arguments.batch_size})": arguments.batch_size / per_batch,
         "of the peak": percent(flops * arguments.batch_size / per_batch / peak),
         "latency p50 (ms)": 1e3 * statistics.median(singles),
         "latency p95 (ms)": 1e3 * singles[int(0.95 * (len(singles) - 1))],
         "memory": memory(device, before),
     }
     if arguments.train:
-        step = training_step(model, runner, images, precision)
+        step = training_step(model, runner, inputs, precision)
         per_step = statistics.median(timed(step, arguments.seconds))
         result["Training"] = {
-            f"pictures/s (batch {arguments.batch_size})": arguments.batch_size / per_step,
+            f"{word}s/s (batch {arguments.batch_size})": arguments.batch_size / per_step,
             "of the peak": percent(3 * flops * arguments.batch_size / per_step / peak),
             "step (ms)": 1e3 * per_step,
             "memory": memory(device, before),

@@ -72,10 +72,9 @@ def measured(name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
 
     with torch.device("meta"):
         model = create_model(name, image_size=image_size)
-    channels, height, width = cost.input_shape(model)
     return {
         "model": name,
-        "input": f"{channels} x {height} x {width}",
+        "input": " x ".join(map(str, model.input_shape)),
         "parameters (M)": round(cost.count_parameters(model) / 1e6, 2),
         "GMACs": round(cost.count_flops(model) / 2e9, 3),
     }

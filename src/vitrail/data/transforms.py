@@ -36,7 +36,9 @@ class Box(NamedTuple):
 
 
 class Normalise(nn.Module):
-    """uint8 (b, c, h, w) to float32 on its own device: (x / 255 - mean) / std. It travels into exports.
+    """uint8 pictures (b, c, h, w) or clips (b, c, t, h, w) to float32 on its own device: (x / 255 - mean) / std.
+
+    It travels into exports.
 
     Raises ConfigError when mean or std has neither one entry nor one per channel, or a std is not positive.
     """
@@ -54,9 +56,10 @@ class Normalise(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
         self.register_buffer("shift", (-mean / std).float(), persistent=False)
 
-    def forward(self, images: UInt8[Tensor, "b c h w"]) -> Float32[Tensor, "b c h w"]:
+    def forward(self, images: UInt8[Tensor, "b c *t h w"]) -> Float32[Tensor, "b c *t h w"]:
         """float32 in the memory layout of `images`."""
-        return torch.addcmul(self.shift, images.float(), self.scale)
+        shift, scale = (v if images.ndim == 4 else v.unsqueeze(2) for v in (self.shift, self.scale))
+        return torch.addcmul(shift, images.float(), scale)
 
 
 def resize_fit(image: UInt8[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "c H W"]:

@@ -28,7 +28,7 @@ def fold_batchnorm(model: M) -> M:
 
 
 class Engine:
-    """Answers batches of uint8 pictures (b, c, h, w) of the model's input size with float32 scores (b, k) on the CPU.
+    """Answers batches of uint8 pictures (b, c, h, w) or clips (b, c, t, h, w) with float32 scores (b, k) on the CPU.
 
     The model given is left as it is. In half precision the copy's weights are converted once, where autocast would convert
     them at every call; normalisation of pixels stays in float32.
@@ -42,7 +42,7 @@ class Engine:
         self.model = prepared.to(memory_format=self.layout)
 
     @torch.no_grad()
-    def __call__(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
+    def __call__(self, images: UInt8[Tensor, "b c *t h w"]) -> Float[Tensor, "b k"]:
         """Raw scores."""
         x = self.normalise(images.to(self.device, non_blocking=True)).to(self.dtype, memory_format=self.layout)
         return self.model(x).float().cpu()

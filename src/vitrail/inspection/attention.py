@@ -75,7 +75,7 @@ def attention_distance(
 
 
 @torch.no_grad()
-def look(model: Model, images: Float[Tensor, "b c h w"]) -> AttentionView | None:
+def look(model: Model, images: Float[Tensor, "b c *t h w"]) -> AttentionView | None:
     """Run `model` on normalised pictures and collect what it attends to; None for a model without attention.
 
     The map is asked by the token that the classifier reads: the class token, the pooling query, or, for mean pooling, all

@@ -20,6 +20,15 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2), (1, x.shape[2], x.shape[3])
 
 
+def frames_problem(frames: int, multiple: int) -> str:
+    """Why a clip of so many frames does not divide into tubelets, with the nearest valid numbers; "" when it does."""
+    if frames > 0 and frames % multiple == 0:
+        return ""
+    lower, upper = frames // multiple * multiple, -(-max(frames, 1) // multiple) * multiple
+    options = f"{lower} or {upper}" if lower > 0 else str(upper)
+    return f"{frames} frames are not divisible by the tubelet of {multiple}; nearest valid: {options}"
+
+
 def size_problem(size: tuple[int, int], multiple: tuple[int, int]) -> str:
     """Why an image of (height, width) does not divide into patches, with the nearest valid sizes; "" when it does."""
     if all(side > 0 and side % step == 0 for side, step in zip(size, multiple, strict=True)):

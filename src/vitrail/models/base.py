@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitrail.layers.embed import frames_problem, size_problem
 from vitrail.layers.features import Features
 
 
@@ -42,9 +43,37 @@ class Model(nn.Module, ABC):
         """The embedding (b, c) that the head, probes and nearest neighbours use."""
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input: (channels, height, width), or (channels, frames, height, width) of a model that takes clips."""
+        return (self.config.in_channels, *self.config.image_size)
+
+    @property
+    def takes_clips(self) -> bool:
+        """Whether an input is a clip (b, c, t, h, w) and not an image (b, c, h, w)."""
+        return len(self.input_shape) == 4
+
+    @property
     @abstractmethod
     def input_multiple(self) -> tuple[int, int]:
         """(height, width) that image sizes must be multiples of."""
+
+    @property
+    def frame_multiple(self) -> int:
+        """What the number of frames of a clip must be a multiple of."""
+        return 1
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError for another rank, another number of channels, or frames or sides that do not divide."""
+        shape = self.input_shape
+        if x.ndim != len(shape) + 1:
+            wanted = "clips (b, c, t, h, w)" if self.takes_clips else "images (b, c, h, w)"
+            raise ValueError(f"the model takes {wanted}, the input has shape {tuple(x.shape)}")
+        if problem := size_problem((x.shape[-2], x.shape[-1]), self.input_multiple):
+            raise ValueError(problem)
+        if x.shape[1] != shape[0]:
+            raise ValueError(f"the model takes {shape[0]} channels, the input has {x.shape[1]}")
+        if self.takes_clips and (problem := frames_problem(x.shape[2], self.frame_multiple)):
+            raise ValueError(problem)
 
     @abstractmethod
     def reset_head(self, num_classes: int) -> None:

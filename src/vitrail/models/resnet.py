@@ -115,8 +115,7 @@ class ResNet(Model):
 
     def pyramid(self, x: Float[Tensor, "b c h w"]) -> list[Features]:
         """The feature map after every stage, finest first."""
-        if x.shape[1] != self.config.in_channels:
-            raise ValueError(f"the model takes {self.config.in_channels} channels, the input has {x.shape[1]}")
+        self.check_input(x)
         x = self.stem_pool(self.stem(x))
         found = []
         for stage in self.stages:

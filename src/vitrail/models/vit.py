@@ -150,10 +150,7 @@ class ViT(Model):
         return self.norm(x) if self.config.norm_after_pool else x
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
-        if problem := size_problem((x.shape[2], x.shape[3]), self.config.patch):
-            raise ValueError(problem)
-        if x.shape[1] != self.config.in_channels:
-            raise ValueError(f"the model takes {self.config.in_channels} channels, the input has {x.shape[1]}")
+        self.check_input(x)
         if mask is not None and self.mask_token is None:
             raise ValueError("a mask was given, but the model has no mask token; build it with mask_token=True")
 

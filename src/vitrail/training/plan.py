@@ -117,11 +117,8 @@ class Plan:
 def make_plan(job: Job) -> Plan:
     """What can be known without running anything: counted, forecast, and put into words."""
     c, model = job.config, job.state.model
-    shape = (model.config.in_channels, *model.config.image_size)
-    flops = count_flops(model, shape)
-    memory = forecast_memory(
-        model, job.micro_batch, shape=shape, precision=c.precision, optimizer=c.optim.optimizer, ema=bool(c.optim.ema)
-    )
+    flops = count_flops(model)
+    memory = forecast_memory(model, job.micro_batch, precision=c.precision, optimizer=c.optim.optimizer, ema=bool(c.optim.ema))
     peak = matmul_peak(job.ranks.device, c.precision)
     rows = {
         "data": _describe_data(job.data),
