@@ -25,6 +25,7 @@ if os.environ.get("VITRAIL_TYPECHECK", "1") != "0":
 import numpy as np
 import torch
 from PIL import Image
+from tests.peers import pairs
 
 torch.set_num_threads(1)
 
@@ -47,6 +48,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     missing = [name for name in PEERS if find_spec(name) is None]
     if missing and any("peers" in item.keywords for item in session.items):
         raise pytest.UsageError(f"the tests marked peers need {' and '.join(missing)}: pip install -e '.[peers]'")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the tests against peers have proven, as a table."""
+    found = pairs.gather(report for reports in terminalreporter.stats.values() for report in reports)
+    if found:
+        terminalreporter.section("pairs proven against peers")
+        terminalreporter.write_line("\n".join(pairs.table(found)))
 
 
 @pytest.fixture(scope="session")

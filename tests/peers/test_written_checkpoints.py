@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.peers.pairs import READS, WRITES, compare
 
 from vitrail.checkpoints import load_model, save_model
 from vitrail.config import ModelCard, Preprocess
@@ -41,20 +42,20 @@ def pictures() -> torch.Tensor:
         {"stem_norm": True, "patch_bias": False},
     ],
 )
-def test_timm_reads_ours(settings: dict, tmp_path, pictures: torch.Tensor) -> None:
+def test_timm_reads_ours(settings: dict, tmp_path, pictures: torch.Tensor, record_property) -> None:
     import timm
 
     model = random_vit(**settings)
     save_model(model, tmp_path / "out", format="timm")
     peer = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    torch.testing.assert_close(peer(pictures), model(pictures), atol=2e-5, rtol=1e-5)
+    compare(record_property, "vit", "timm", WRITES, model(pictures), peer(pictures))
     settings = timm.data.resolve_model_data_config(peer)
     assert tuple(settings["mean"]) == (0.4, 0.4, 0.4)
     assert settings["crop_pct"] == 0.8
     assert settings["interpolation"] == "bilinear"
 
 
-def test_timm_reads_our_resnet(tmp_path) -> None:
+def test_timm_reads_our_resnet(tmp_path, record_property) -> None:
     import timm
 
     model = create_model("resnet18", num_classes=3).eval()
@@ -63,10 +64,10 @@ def test_timm_reads_our_resnet(tmp_path) -> None:
     peer = timm.create_model("resnet18", num_classes=3)
     peer.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
     x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(peer.eval()(x), model(x), atol=1e-4, rtol=1e-4)
+    compare(record_property, "resnet", "timm", WRITES, model(x), peer.eval()(x), atol=1e-4, rtol=1e-4)
 
 
-def test_transformers_reads_ours(tmp_path, pictures: torch.Tensor) -> None:
+def test_transformers_reads_ours(tmp_path, pictures: torch.Tensor, record_property) -> None:
     import transformers
 
     model = random_vit(norm_eps=1e-12)
@@ -74,7 +75,7 @@ def test_transformers_reads_ours(tmp_path, pictures: torch.Tensor) -> None:
     peer, report = transformers.ViTForImageClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    torch.testing.assert_close(peer.eval()(pictures).logits, model(pictures), atol=2e-5, rtol=1e-5)
+    compare(record_property, "vit", "transformers", WRITES, model(pictures), peer.eval()(pictures).logits)
     assert list(peer.config.id2label.values()) == ["a", "b", "c"]
     processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert processor["size"] == {"height": 40, "width": 40}
@@ -84,7 +85,7 @@ def test_transformers_reads_ours(tmp_path, pictures: torch.Tensor) -> None:
     assert again.card.preprocess.fit == "crop"
 
 
-def test_we_read_what_transformers_writes(tmp_path, pictures: torch.Tensor) -> None:
+def test_we_read_what_transformers_writes(tmp_path, pictures: torch.Tensor, record_property) -> None:
     import transformers
 
     settings = transformers.ViTConfig(
@@ -94,15 +95,56 @@ def test_we_read_what_transformers_writes(tmp_path, pictures: torch.Tensor) -> N
     peer = transformers.ViTForImageClassification(settings).eval()
     peer.save_pretrained(tmp_path)
     model = load_model(tmp_path, quiet=True)
-    torch.testing.assert_close(model(pictures), peer(pictures).logits, atol=2e-5, rtol=1e-5)
+    compare(record_property, "vit", "transformers", READS, model(pictures), peer(pictures).logits)
     assert model.card.classes == ("x", "y")
 
 
-def test_torchvision_reads_ours(tmp_path, pictures: torch.Tensor) -> None:
+def test_torchvision_reads_ours(tmp_path, pictures: torch.Tensor, record_property) -> None:
     import torchvision
 
     model = random_vit()
     save_model(model, tmp_path / "out", format="torchvision")
     peer = torchvision.models.VisionTransformer(32, 4, 3, 4, 32, 128, num_classes=3).eval()
     peer.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
-    torch.testing.assert_close(peer(pictures), model(pictures), atol=2e-5, rtol=1e-5)
+    compare(record_property, "vit", "torchvision", WRITES, model(pictures), peer(pictures))
+
+
+def random_peer(model):
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"reg_tokens": 2, "no_embed_class": True}, {"global_pool": "avg", "class_token": False}]
+)
+def test_we_read_what_timm_writes(settings: dict, pictures: torch.Tensor, record_property) -> None:
+    import timm
+
+    size = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 3}
+    peer = random_peer(timm.create_model("vit_tiny_patch16_224", **size, **settings))
+    model = load_model(peer.state_dict(), quiet=True, heads=4)
+    compare(record_property, "vit", "timm", READS, model(pictures), peer(pictures))
+
+
+def test_we_read_what_torchvision_writes(pictures: torch.Tensor, record_property) -> None:
+    import torchvision
+
+    peer = random_peer(torchvision.models.VisionTransformer(32, 4, 3, 4, 32, 128, num_classes=3))
+    model = load_model(peer.state_dict(), quiet=True, heads=4)
+    compare(record_property, "vit", "torchvision", READS, model(pictures), peer(pictures))
+
+
+@pytest.mark.parametrize("peer_name", ["torchvision", "timm"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_resnets_of_peers(name: str, peer_name: str, tmp_path, record_property) -> None:
+    import timm
+    import torchvision
+
+    peer = (torchvision.models.get_model if peer_name == "torchvision" else timm.create_model)(name, num_classes=3).eval()
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = load_model(peer.state_dict(), quiet=True)
+    compare(record_property, "resnet", peer_name, READS, model(x), peer(x), atol=1e-4, rtol=1e-4)
+    save_model(model, tmp_path / "out", format=peer_name)
+    peer.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    compare(record_property, "resnet", peer_name, WRITES, model(x), peer(x), atol=1e-4, rtol=1e-4)
