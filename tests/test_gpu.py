@@ -1,12 +1,18 @@
-"""On a CUDA device: the golden cases in float32, the error of bfloat16, compilation."""
+"""On a CUDA device: the golden cases in float32, the error of bfloat16, compilation, resuming."""
 
 from __future__ import annotations
+
+import signal
+from pathlib import Path
 
 import pytest
 import torch
 from tests import golden
 
 from vitrail.checkpoints import load_model
+from vitrail.training.interrupt import Stopped
+from vitrail.training.loop import train
+from vitrail.training.objectives import Classify
 
 pytestmark = pytest.mark.gpu
 
@@ -61,3 +67,33 @@ print("same function")
 
 def test_compiled(run_python) -> None:
     assert "same function" in run_python(COMPILED)
+
+
+class StopsAtStep(Classify):
+    """Cross-entropy that asks the run to stop, as Ctrl-C does, at its `number`-th call."""
+
+    number = 0
+
+    def forward(self, model: torch.nn.Module, images: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        self.number -= 1
+        if self.number == 0:
+            signal.raise_signal(signal.SIGINT)
+        return super().forward(model, images, targets)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_resume(tmp_path: Path, precision: str, device: str = "cuda") -> None:
+    pixels = torch.randint(0, 256, (48, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    data = [(image // (1 + i % 3), i % 3) for i, image in enumerate(pixels)]
+    settings = {
+        "model": "vit_micro_patch4_16", "overrides": {"depth": 2, "dropout": 0.1, "drop_path": 0.2}, "batch_size": 16,
+        "accumulate": 2, "steps": 9, "ema": 0.9, "mixup": 0.4, "device": device, "precision": precision, "val_fraction": 0.0,
+    }  # fmt: skip
+    whole = train(data=data, out=str(tmp_path / "whole"), **settings)
+    stopping = StopsAtStep()
+    stopping.number = 10
+    with pytest.raises(Stopped):
+        train(data=data, out=str(tmp_path / "parts"), objective=stopping, **settings)
+    resumed = train(data=data, resume=tmp_path / "parts")
+    for name, value in whole.model.state_dict().items():  # the order of sums on a GPU may differ between runs
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=1e-3, atol=1e-4)

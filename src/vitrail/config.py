@@ -68,7 +68,7 @@ class DataConfig:
     """
 
     train_split: str = ""  # split to train on; by default the one called train, else everything
-    val_split: str = ""  # by default val, valid, validation or test, else val_fraction of the training samples
+    val_split: str = ""  # by default val, valid or validation, else val_fraction of the training samples
     val_fraction: float = 0.15  # share of the training samples held out where a source names no validation split
     image_column: str = ""  # of a table; by default recognised (image, path, file, file_name, filename, ...)
     label_column: str = ""  # of a table; by default recognised (label, class, target, ...)

@@ -194,9 +194,12 @@ def test_the_classes_of_a_model_decide_the_numbers_and_others_are_refused(tmp_pa
 def test_split_choices(tmp_path: Path) -> None:
     layouts.write_folder(tmp_path, pictures({"train": 8, "test": 3}))
     data = open_data(tmp_path)
-    assert data.val is data.test
-    assert "no validation split: the test split is used for validation" in data.notes
-    assert list(data.splits()) == ["train", "test"]
+    assert len(data.train) + len(data.val) == 24
+    assert len(data.test) == 9
+    chosen = open_data(tmp_path, DataConfig(val_split="test"))
+    assert chosen.val is chosen.test
+    assert any(note.startswith("the test split is used for validation too") for note in chosen.notes)
+    assert list(chosen.splits()) == ["train", "test"]
     cut = open_data(tmp_path, DataConfig(val_split="train", val_fraction=0.25))
     assert len(cut.train) + len(cut.val) == 24
     assert len(cut.test) == 9
@@ -212,7 +215,7 @@ def test_tables_in_a_folder_named_after_splits(tmp_path: Path) -> None:
         for (_, _, name), data in part.items():
             (tmp_path / name).write_bytes(data)
         layouts.write_jsonl(tmp_path / f"{split}.jsonl", rows)
-    data = open_data(tmp_path)
+    data = open_data(tmp_path, DataConfig(val_fraction=0))
     assert (len(data.train), len(data.test)) == (12, 6)
 
 
@@ -251,7 +254,8 @@ class Squares(torch.utils.data.Dataset):
 
 
 def test_torch_datasets_and_their_subsets() -> None:
-    data = open_data({"train": Squares(), "test": torch.utils.data.Subset(Squares(), [1, 3, 4])})
+    parts = {"train": Squares(), "test": torch.utils.data.Subset(Squares(), [1, 3, 4])}
+    data = open_data(parts, DataConfig(val_fraction=0))
     assert data.classes == ("dark", "bright")
     assert data.train.targets.tolist() == [0, 1] * 4
     assert data.test.targets.tolist() == [1, 1, 0]
@@ -293,9 +297,10 @@ def test_several_labels_from_vectors_and_lists() -> None:
 
 
 def test_embedded_digits() -> None:
-    data = open_data("digits")
+    assert len(open_data("digits").train) + len(open_data("digits").val) == 4000
+    data = open_data("digits", DataConfig(val_fraction=0))
     assert (len(data.train), len(data.test)) == (4000, 1000)
-    assert data.val is data.test
+    assert data.val is None
     assert data.classes == tuple("0123456789")
     assert data.train.class_counts().tolist() == [400] * 10
     assert data.test.names(0) == "0/400"

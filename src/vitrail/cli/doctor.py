@@ -120,7 +120,6 @@ def decoders() -> dict[str, str]:
     jpeg = buffer.getvalue()
     formats = {"webp": "WebP", "avif": "AVIF", "jpg_2000": "JPEG 2000", "libtiff": "TIFF"}
     return {
-        "torchvision.io": _tried(_torchvision, jpeg),
         "simplejpeg": _tried(_simplejpeg, jpeg),
         "Pillow": "JPEG, PNG, GIF, BMP, " + ", ".join(label for name, label in formats.items() if features.check(name)),
         "av (video)": f"{version('av')}" if find_spec("av") else "not installed",
@@ -132,14 +131,6 @@ def _tried(decode: Any, jpeg: bytes) -> str:
         return decode(jpeg)
     except Exception as problem:  # a broken shared library raises whatever it likes; that is what is being reported
         return f"broken: {problem}"
-
-
-def _torchvision(jpeg: bytes) -> str:
-    import torch
-    from torchvision.io import decode_image
-
-    decode_image(torch.frombuffer(bytearray(jpeg), dtype=torch.uint8))
-    return "works"
 
 
 def _simplejpeg(jpeg: bytes) -> str:

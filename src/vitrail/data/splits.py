@@ -45,8 +45,9 @@ def choose_splits(splits: Sequence[str], config: DataConfig) -> SplitRows:
     """Give every row its role from the name of its split ("" where the source names none).
 
     Training: `train_split`, else the split called train, else everything that is neither validation nor test.
-    Validation: `val_split`, else the split called val (valid, validation, dev), else the test split, else it is cut
-    from the training rows; `val_split` naming the training split asks for the cut. Raises ConfigError for unknown names.
+    Validation: `val_split`, else the split called val (valid, validation, dev), else it is cut from the training rows,
+    never from the test rows: what is chosen on a split cannot be measured on it. `val_split` may name the training split
+    (which asks for the cut) or the test split. Raises ConfigError for unknown names.
     """
     named = np.asarray(splits, object)
     names = sorted(set(splits) - {""})
@@ -67,12 +68,11 @@ def choose_splits(splits: Sequence[str], config: DataConfig) -> SplitRows:
         others = [name for name in names if roles[name] is None and name != config.val_split]
         if others:
             notes.append(f"no split is called train: training on {', '.join(others)}")
-    cut = not len(val) and not len(test)
     if config.val_split and np.array_equal(val, train):
-        cut, val = True, val[:0]
-    if not len(val) and not cut:
-        val = test
-        notes.append("no validation split: the test split is used for validation")
+        val = val[:0]
+    cut = not len(val)
+    if not cut and np.array_equal(val, test):
+        notes.append("the test split is used for validation too: a best epoch chosen on it flatters its figures")
     unused = np.setdiff1d(np.arange(len(named)), np.concatenate([train, val, test]))
     if len(unused):
         which = sorted({str(named[row]) or "no split named" for row in unused})
