@@ -82,12 +82,12 @@ class StopsAtStep(Classify):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_resume(tmp_path: Path, precision: str, device: str = "cuda") -> None:
+def test_resume(tmp_path: Path, precision: str) -> None:
     pixels = torch.randint(0, 256, (48, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = [(image // (1 + i % 3), i % 3) for i, image in enumerate(pixels)]
     settings = {
         "model": "vit_micro_patch4_16", "overrides": {"depth": 2, "dropout": 0.1, "drop_path": 0.2}, "batch_size": 16,
-        "accumulate": 2, "steps": 9, "ema": 0.9, "mixup": 0.4, "device": device, "precision": precision, "val_fraction": 0.0,
+        "accumulate": 2, "steps": 9, "ema": 0.9, "mixup": 0.4, "device": "cuda", "precision": precision, "val_fraction": 0.0,
     }  # fmt: skip
     whole = train(data=data, out=str(tmp_path / "whole"), **settings)
     stopping = StopsAtStep()
