@@ -30,7 +30,8 @@ from vitrail.checkpoints.store import SOURCES, load_model
 from vitrail.cost import count_flops, matmul_peak, memory_format
 from vitrail.models import MODELS, Model, create_model
 
-BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8}
+BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8,
+         "deit_small_distilled_patch16_224": 8}  # fmt: skip
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
 
@@ -60,6 +61,8 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
     """Builders of every peer that has this model, loaded strictly with our weights."""
     if model.family == "resnet":
         return {"torchvision": lambda: _torchvision_resnet(name, model), "timm": lambda: _timm(name, model)}
+    if model.family == "deit":
+        return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_deit(model)}
     return {
         "timm": lambda: _timm(name, model),
         "torchvision": lambda: _torchvision_vit(model),
@@ -108,6 +111,19 @@ def _transformers_vit(model: Model) -> Side:
     )  # fmt: skip
     state = translate(model, "transformers", model.state_dict())
     peer = transformers.ViTForImageClassification.from_pretrained(None, config=settings, state_dict=state)
+    return Side("transformers", peer, lambda x: peer(pixel_values=x).logits)
+
+
+def _transformers_deit(model: Model) -> Side:
+    import transformers
+
+    c = model.config
+    settings = transformers.DeiTConfig(
+        hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads, intermediate_size=c.mlp_dim,
+        image_size=c.image_size[0], patch_size=c.patch[0], num_labels=c.num_classes, layer_norm_eps=c.norm_eps,
+    )  # fmt: skip
+    state = translate(model, "transformers", model.state_dict())
+    peer = transformers.DeiTForImageClassificationWithTeacher.from_pretrained(None, config=settings, state_dict=state)
     return Side("transformers", peer, lambda x: peer(pixel_values=x).logits)
 
 
@@ -187,7 +203,8 @@ def flat_gradient(model: Model) -> Callable[[Side], Tensor]:
 def _file_name(name: str) -> str:
     """transformers 5 names modules unlike files: parameters of a module under their published names."""
     for inside, published in (
-        ("vit.layers.", "vit.encoder.layer."), ("attention.q_proj.", "attention.attention.query."),
+        ("vit.layers.", "vit.encoder.layer."), ("deit.layers.", "deit.encoder.layer."),
+        ("attention.q_proj.", "attention.attention.query."),
         ("attention.k_proj.", "attention.attention.key."), ("attention.v_proj.", "attention.attention.value."),
         ("attention.o_proj.", "attention.output.dense."), ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."),
     ):  # fmt: skip

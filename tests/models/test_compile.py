@@ -25,7 +25,7 @@ model(x).square().sum().backward()
 for n, p in model.named_parameters():
     torch.testing.assert_close(got[n], p.grad, atol=2e-4, rtol=2e-3, msg=n)
 
-model = create_model(name, depth=1) if model.family == "vit" else model
+model = create_model(name, depth=1) if model.family in ("vit", "deit") else model
 model.eval()
 compiled = torch.compile(model, fullgraph=True)
 with torch.inference_mode():
@@ -40,6 +40,6 @@ print("same function")
 """
 
 
-@pytest.mark.parametrize("name", ["vit_micro_patch4_16", "resnet_micro"])
+@pytest.mark.parametrize("name", ["vit_micro_patch4_16", "deit_micro", "resnet_micro"])
 def test_compiles_to_a_full_graph(name: str, run_python) -> None:
     assert "same function" in run_python(FULL_GRAPH, name)

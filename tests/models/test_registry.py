@@ -18,6 +18,9 @@ PARAMETERS = {
     "vit_base_patch16_224": 86_567_656, "vit_base_patch32_224": 88_224_232, "vit_large_patch16_224": 304_326_632,
     "vit_large_patch32_224": 306_535_400, "vit_huge_patch14_224": 632_045_800, "vit_base_patch16_384": 86_859_496,
     "vit_large_patch16_512": 305_174_504, "vit_huge_patch14_518": 633_470_440, "resnet18": 11_689_512,
+    "deit_tiny_patch16_224": 5_717_416, "deit_base_patch16_384": 86_859_496, "deit_tiny_distilled_patch16_224": 5_910_800,
+    "deit_small_distilled_patch16_224": 22_436_432, "deit_base_distilled_patch16_224": 87_338_192,
+    "deit_base_distilled_patch16_384": 87_630_032,
     "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
 }  # fmt: skip
 
@@ -208,6 +211,8 @@ def test_stochastic_depth_and_dropout_are_seeded_and_training_only() -> None:
         (lambda: create_model("vit_micro_patch4_16", class_token=False), "allowed without a class token"),
         (lambda: create_model("vit_micro_patch4_16")(torch.randn(1, 3, 15, 16)), "nearest valid: 12x16 or 16x16"),
         (lambda: create_model("resnet_micro", depths=()), "at least one block"),
+        (lambda: create_model("deit_micro", prediction="both"), "allowed: joint, class, distillation"),
+        (lambda: create_model("deit_micro", heads=5), "nearest valid: 4 or 2"),
     ],
 )
 def test_wrong_choices_name_the_right_ones(call, message: str) -> None:

@@ -75,6 +75,11 @@ def drop(*theirs: str) -> list[Rule]:
     return [Rule("", (t,)) for pattern in theirs for t in _braces(pattern)]
 
 
+def leave(*ours: str) -> list[Rule]:
+    """Keys of ours that the source has no tensor for and does without."""
+    return [Rule(o, (), write=lambda tensor: ()) for pattern in ours for o in _braces(pattern)]
+
+
 def _braces(pattern: str) -> list[str]:
     """Expand {a,b}; {i} stays."""
     parts = re.split(r"(\{[^{}]*,[^{}]*\})", pattern)

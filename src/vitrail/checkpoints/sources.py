@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -36,6 +38,22 @@ class Source:
     export: Callable[[Any, ModelCard], dict[str, dict[str, Any]]]
     clean: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda state: state
     container: str = "model.safetensors"
+    guess: str = ""  # said when `card` had nothing but the weights to go by, where other weights look the same
+
+
+# Preprocessing that published names tell and shapes do not: DeiT's (its repository's datasets.py; README: crop 0.875).
+_PUBLISHED = {
+    r"deit_(tiny|small|base)_(distilled_)?patch16_(224|384)": {
+        "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": 0.875, "interpolation": "bicubic",
+    },
+}  # fmt: skip
+
+
+def told_by_name(name: str) -> dict[str, Any]:
+    """What the published name of a file or its folder tells, in the form of timm's config.json; {} for an unknown one."""
+    last = "/".join(Path(name).parts[-2:])
+    known = next((settings for pattern, settings in _PUBLISHED.items() if re.search(pattern, last)), None)
+    return {"pretrained_cfg": known} if known else {}
 
 
 def count_blocks(state: Mapping[str, Tensor], before: str, after: str = ".") -> int:

@@ -17,31 +17,40 @@ from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import resize_grid, resize_line
 from vitrail.models import FAMILIES, MODELS, Model, build, override
 
-from . import resnet, vit, vit_google
+from . import deit, resnet, vit, vit_google
 from .io import find_weights, read_json, read_metadata, read_state, write_folder, write_npz, write_safetensors, write_text
 from .mapping import CheckpointError, Report, State, read, write
-from .sources import Files, Source
+from .sources import Files, Source, told_by_name
 
-SOURCES: tuple[Source, ...] = (*vit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES)
+SOURCES: tuple[Source, ...] = (*vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES)
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
 _NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth")
 _VERSION = 1
 
 
-def load_model(source: str | Path | Mapping[str, Any], *, quiet: bool = False, **overrides: Any) -> Model:
+def load_model(
+    source: str | Path | Mapping[str, Any],
+    *,
+    quiet: bool = False,
+    preprocess: Preprocess | None = None,
+    **overrides: Any,
+) -> Model:
     """A model from a file (.safetensors, .npz, .pth, .pyth, .bin), a folder, a run directory, or a state dict in memory.
 
     The naming (ours, timm, transformers, torchvision, Google) and the configuration are found from the file. `overrides` are
     fields of the family's config and decide what shapes cannot tell (heads=..., built_size=(h, w)); a new image_size resizes
-    the position tables, a new num_classes rebuilds the head with zeros. What happened is printed in a short table to stderr
-    whenever it is more than a plain load. Raises CheckpointError for files that cannot be used.
+    the position tables, a new num_classes rebuilds the head with zeros. Preprocessing is the one given here, that of our
+    metadata, of a configuration beside the weights, of a published file name, or else the family's. What happened is printed
+    in a short table to stderr whenever it is more than a plain load. Raises CheckpointError for files that cannot be used.
     """
     state, metadata, files, name = _open(source)
     report = Report(source=name)
     if "vitrail" in metadata:
         model, ours = _from_ours(metadata["vitrail"], state, overrides, name), dict(state)
     else:
-        model, ours = _from_foreign(state, files, overrides, report)
+        model, ours = _from_foreign(state, files, overrides, report, told=preprocess is not None)
+    if preprocess is not None:
+        model.card = dataclasses.replace(model.card, preprocess=preprocess)
     _fill(model, ours, report, name)
     report.loaded = len(ours)
     eventful = report.resized or report.remade or report.missing or report.unexpected or report.notes or report.renamed
@@ -155,7 +164,9 @@ def _from_ours(text: str, state: State, overrides: Mapping[str, Any], name: str)
     return _finish(config, overrides, card, str(content.get("name", "")))
 
 
-def _from_foreign(state: State, files: Files, overrides: Mapping[str, Any], report: Report) -> tuple[Model, State]:
+def _from_foreign(
+    state: State, files: Files, overrides: Mapping[str, Any], report: Report, told: bool = False
+) -> tuple[Model, State]:
     source = next((s for s in SOURCES if s.recognise(state)), None)
     if source is None:
         sample = ", ".join(list(state)[:3])
@@ -164,6 +175,11 @@ def _from_foreign(state: State, files: Files, overrides: Mapping[str, Any], repo
             f"known: {', '.join(sorted({f'{s.name} {s.family}' for s in SOURCES}))}"
         )
     state = source.clean(dict(state))
+    if source.name == "timm" and not files.get("config.json") and (by_name := told_by_name(report.source)):
+        files = {**files, "config.json": by_name}
+        report.notes.append("preprocessing as published under this name (preprocess=Preprocess(...) decides)")
+    if source.guess and not files and not told:
+        report.notes.append(source.guess)
     try:
         config, notes = source.infer(state, files, overrides)
     except (KeyError, IndexError) as problem:
@@ -228,16 +244,17 @@ def _fill(model: Model, state: State, report: Report, name: str) -> None:
 def _refit(model: Model, key: str, found: Tensor, wanted: Tensor) -> Tensor | None:
     """A tensor of another input size or channel count as this model needs it, or None when there is no such reading."""
     part = key.split(".")
-    if part[0] == "positions":
-        module: Any = model.get_submodule(".".join(part[:2]))
-        if part[2] in ("rows", "columns"):
+    if "positions" in part:
+        at = part.index("positions")
+        module: Any = model.get_submodule(".".join(part[: at + 2]))
+        if part[at + 2] in ("rows", "columns"):
             return resize_line(found, wanted.shape[0])
         prefix = module.prefix
         old = _old_grid(found.shape[1] - prefix, model.config)
         return None if old is None else torch.cat(
             [found[:, :prefix], resize_grid(found[0, prefix:], old, module.grid, module.rule)[None]], 1
         )  # fmt: skip
-    if key in ("embed.proj.weight", "stem.conv.weight") and found.shape[2:] == wanted.shape[2:] and found.ndim == 4:
+    if key.endswith(("embed.proj.weight", "stem.conv.weight")) and found.shape[2:] == wanted.shape[2:] and found.ndim == 4:
         return _adapt_channels(found, wanted.shape[1])
     return None
 

@@ -73,7 +73,8 @@ def _guess_heads(width: int, notes: list[str]) -> int:
 # timm -----------------------------------------------------------------------------------------------------------------
 
 
-def _timm_rules(config: ViTConfig) -> list[Rule]:
+def timm_rules(config: ViTConfig) -> list[Rule]:
+    """The table of timm's ViT."""
     norm = "fc_norm" if config.norm_after_pool else "norm"
     block = "blocks.{i}."
     return [
@@ -137,7 +138,12 @@ def _timm_card(config: ViTConfig, files: Files) -> ModelCard:
 
 
 def _timm_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
-    _plain(config, "timm", activation="gelu", norm_eps=1e-6)
+    check_plain(config, "timm", activation="gelu", norm_eps=1e-6)
+    return timm_files("vit_base_patch16_224", config, card, timm_args(config))
+
+
+def timm_args(config: ViTConfig) -> dict[str, Any]:
+    """The arguments of timm's VisionTransformer."""
     args: dict[str, Any] = {
         "img_size": list(config.image_size), "patch_size": config.patch[0], "embed_dim": config.width, "depth": config.depth,
         "num_heads": config.heads, "mlp_ratio": config.mlp_dim / config.width, "qkv_bias": config.qkv_bias,
@@ -150,10 +156,10 @@ def _timm_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]
         args["patch_size"] = list(config.patch)
     if config.in_channels != 3:
         args["in_chans"] = config.in_channels
-    return timm_files("vit_base_patch16_224", config, card, args)
+    return args
 
 
-def _plain(config: ViTConfig, project: str, **needed: Any) -> None:
+def check_plain(config: ViTConfig, project: str, **needed: Any) -> None:
     """Raise CheckpointError when the model has parts that the project's ViT does not know."""
     needed = {"representation": None, "patch_bias": not config.stem_norm} | needed
     for name, value in needed.items():
@@ -171,7 +177,8 @@ def _plain(config: ViTConfig, project: str, **needed: Any) -> None:
 # transformers ---------------------------------------------------------------------------------------------------------
 
 
-def _hf_rules(config: ViTConfig) -> list[Rule]:
+def hf_rules(config: ViTConfig) -> list[Rule]:
+    """The table of transformers' ViT, in the names of its files."""
     ours, theirs = "blocks.{i}.", "vit.encoder.layer.{i}."
     part = theirs + "attention.attention.{name}.{kind}"
     return [
@@ -203,7 +210,8 @@ def _hf_clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key if key.startswith(outside) else f"vit.{key}": value for key, value in state.items()}
 
 
-def _hf_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list[str]]:
+def hf_settings(files: Files) -> dict[str, Any]:
+    """What transformers' config.json tells beyond shapes: activation, epsilon and heads. Raises CheckpointError if unknown."""
     settings = files.get("config.json", {})
     activation = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
                   "quick_gelu": "quick_gelu"}.get(settings.get("hidden_act", "gelu"))  # fmt: skip
@@ -211,19 +219,23 @@ def _hf_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list
         raise CheckpointError(
             f"config.json: hidden_act {settings['hidden_act']!r} is not known here; allowed: gelu and its variants"
         )
-    known: dict[str, Any] = {}
+    known = {"activation": activation, "norm_eps": float(settings.get("layer_norm_eps", 1e-12))}
     if settings.get("num_attention_heads"):
         known["heads"] = int(settings["num_attention_heads"])
+    return known
+
+
+def _hf_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list[str]]:
     layer = "vit.encoder.layer.0."
     return build_config(
         state, hints, state["vit.embeddings.patch_embeddings.projection.weight"],
         state["vit.embeddings.position_embeddings"].shape[1],
         class_token=True, depth=count_blocks(state, "vit.encoder.layer."),
         mlp_dim=state[layer + "intermediate.dense.weight"].shape[0], num_classes=_classes(state, "classifier.weight"),
-        qkv_bias=layer + "attention.attention.query.bias" in state, norm_eps=float(settings.get("layer_norm_eps", 1e-12)),
-        activation=activation, mask_token="vit.embeddings.mask_token" in state,
+        qkv_bias=layer + "attention.attention.query.bias" in state, mask_token="vit.embeddings.mask_token" in state,
         position=PositionConfig(resize="bicubic_plain"),
-        representation=state["vit.pooler.dense.weight"].shape[0] if "vit.pooler.dense.weight" in state else None, **known,
+        representation=state["vit.pooler.dense.weight"].shape[0] if "vit.pooler.dense.weight" in state else None,
+        **hf_settings(files),
     )  # fmt: skip
 
 
@@ -232,13 +244,18 @@ def _hf_card(config: ViTConfig, files: Files) -> ModelCard:
 
 
 def _hf_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
-    _plain(
+    check_plain(
         config, "transformers", registers=0, class_token=True, pool="cls", qk_norm=False, stem_norm=False, layer_scale=None,
         norm_after_pool=False, position=dataclasses.replace(config.position, kind="1d", prefix=True),
     )  # fmt: skip
+    return transformers_files(config, card, hf_config(config, "ViTForImageClassification", "vit"), "ViTImageProcessor")
+
+
+def hf_config(config: ViTConfig, architecture: str, kind: str) -> dict[str, Any]:
+    """The settings of transformers' config.json."""
     square = config.patch[0] == config.patch[1] and config.image_size[0] == config.image_size[1]
-    settings = {
-        "architectures": ["ViTForImageClassification"], "model_type": "vit", "hidden_size": config.width,
+    return {
+        "architectures": [architecture], "model_type": kind, "hidden_size": config.width,
         "num_hidden_layers": config.depth, "num_attention_heads": config.heads, "intermediate_size": config.mlp_dim,
         "hidden_act": {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}[config.activation],
         "layer_norm_eps": config.norm_eps, "num_channels": config.in_channels, "qkv_bias": config.qkv_bias,
@@ -246,7 +263,6 @@ def _hf_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
         "patch_size": config.patch[0] if square else list(config.patch),
         "hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.attention_dropout,
     }  # fmt: skip
-    return transformers_files(config, card, settings, "ViTImageProcessor")
 
 
 # torchvision ----------------------------------------------------------------------------------------------------------
@@ -289,7 +305,7 @@ def _tv_card(config: ViTConfig, files: Files) -> ModelCard:
 
 
 def _tv_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
-    _plain(config, "torchvision", registers=0, class_token=True, pool="cls", qk_norm=False, stem_norm=False, qkv_bias=True,
+    check_plain(config, "torchvision", registers=0, class_token=True, pool="cls", qk_norm=False, stem_norm=False, qkv_bias=True,
            layer_scale=None, norm_after_pool=False, norm_eps=1e-6, activation="gelu", mask_token=False,
            position=dataclasses.replace(config.position, kind="1d", prefix=True))  # fmt: skip
     return {}
@@ -297,20 +313,27 @@ def _tv_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
 
 def _is_timm(state: State) -> bool:
     patch = state.get("patch_embed.proj.weight")
-    return patch is not None and patch.ndim == 4 and "blocks.0.attn.qkv.weight" in state
+    vit = patch is not None and patch.ndim == 4 and "blocks.0.attn.qkv.weight" in state
+    return vit and "dist_token" not in state  # a distilled DeiT
 
 
 def _is_hf(state: State) -> bool:
     patch = any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state)
-    return patch and any(key.endswith("encoder.layer.0.layernorm_before.weight") for key in state)
+    distilled = any(key.endswith("embeddings.distillation_token") for key in state)  # a DeiT
+    return patch and not distilled and any(key.endswith("encoder.layer.0.layernorm_before.weight") for key in state)
 
 
 def _is_tv(state: State) -> bool:
     return "conv_proj.weight" in state and "encoder.pos_embedding" in state
 
 
+_GUESS = (
+    "guess: preprocessing of AugReg (mean and std 0.5, bicubic); a plain DeiT has the same names and shapes and wants "
+    "ImageNet's mean and std: preprocess=Preprocess(...) decides"
+)
+
 SOURCES = (
-    Source("timm", "vit", _is_timm, _timm_infer, _timm_rules, _timm_card, _timm_export),
-    Source("transformers", "vit", _is_hf, _hf_infer, _hf_rules, _hf_card, _hf_export, _hf_clean),
+    Source("timm", "vit", _is_timm, _timm_infer, timm_rules, _timm_card, _timm_export, guess=_GUESS),
+    Source("transformers", "vit", _is_hf, _hf_infer, hf_rules, _hf_card, _hf_export, _hf_clean),
     Source("torchvision", "vit", _is_tv, _tv_infer, _tv_rules, _tv_card, _tv_export, _tv_clean),
 )

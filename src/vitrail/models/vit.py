@@ -20,6 +20,7 @@ from vitrail.layers.position import PositionConfig, PositionTable, RelativePosit
 from .base import Model, drop_path_rates
 
 POOLS = ("cls", "mean", "attention")
+INITS = ("xavier", "normal")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class ViTConfig:
     norm_after_pool: bool = False  # the final norm acts on the pooled embedding (timm's mean pooling)
     representation: int | None = None  # width of the tanh layer before the classifier (pre-training head)
     head_bias: float = 0.0  # initial bias of the classifier (big_vision: -10 for sigmoid losses)
+    init: str = "xavier"  # of the encoder's products: xavier (uniform; original code), normal (0.02, tokens too; DeiT)
     layer_scale: float | None = None
     drop_path: float = 0.0
     dropout: float = 0.0
@@ -62,9 +64,9 @@ class ViTConfig:
             raise ValueError(
                 f"width {self.width} is not divisible by heads {self.heads}; nearest valid: {_near(valid, self.heads)}"
             )
-        for name, value, allowed in (("pool", self.pool, POOLS), ("activation", self.activation, tuple(ACTIVATIONS))):
-            if value not in allowed:
-                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        for name, allowed in (("pool", POOLS), ("activation", tuple(ACTIVATIONS)), ("init", INITS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.pool == "cls" and not self.class_token:
             raise ValueError("pool is 'cls' but class_token is off; allowed without a class token: mean, attention")
 
@@ -198,9 +200,16 @@ class ViT(Model):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """Xavier-uniform products and nearly zero MLP biases as in the original code (vit_jax/models_vit.py)."""
+        """Xavier-uniform products and nearly zero MLP biases as in the original code (vit_jax/models_vit.py), or DeiT's."""
+        normal = self.config.init == "normal"
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith("head"):
+            if not isinstance(module, nn.Linear) or name.startswith("head"):
+                continue
+            if normal:
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            else:
                 if name.endswith("qkv"):  # flax initialises q, k and v apart
                     for part in module.weight.chunk(3):
                         nn.init.xavier_uniform_(part)
@@ -212,7 +221,7 @@ class ViT(Model):
         nn.init.trunc_normal_(self.embed.proj.weight, std=fan_in**-0.5)  # lecun_normal, flax's default
         if self.embed.proj.bias is not None:
             nn.init.zeros_(self.embed.proj.bias)
-        for token in (self.registers, self.mask_token):
+        for token in (self.class_token if normal else None, self.registers, self.mask_token):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
 
