@@ -48,6 +48,8 @@ def test_we_read_what_timm_makes(name: str, tmp_path, record_property) -> None:
     import timm
 
     peer = timm.create_model(name).eval()
+    for parameter in peer.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
     save_file(peer.state_dict(), tmp_path / f"{name}.fb_in1k.safetensors")
     model = load_model(tmp_path / f"{name}.fb_in1k.safetensors", quiet=True)
     x = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
