@@ -31,7 +31,7 @@ from vitrail.cost import count_flops, matmul_peak, memory_format
 from vitrail.models import MODELS, Model, create_model
 
 BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8,
-         "deit_small_distilled_patch16_224": 8}  # fmt: skip
+         "deit_small_distilled_patch16_224": 8, "resnetv2_50x1_bit": 8}  # fmt: skip
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
 
@@ -63,6 +63,8 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
         return {"torchvision": lambda: _torchvision_resnet(name, model), "timm": lambda: _timm(name, model)}
     if model.family == "deit":
         return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_deit(model)}
+    if model.family == "bit":
+        return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_bit(model)}
     return {
         "timm": lambda: _timm(name, model),
         "torchvision": lambda: _torchvision_vit(model),
@@ -111,6 +113,21 @@ def _transformers_vit(model: Model) -> Side:
     )  # fmt: skip
     state = translate(model, "transformers", model.state_dict())
     peer = transformers.ViTForImageClassification.from_pretrained(None, config=settings, state_dict=state)
+    return Side("transformers", peer, lambda x: peer(pixel_values=x).logits)
+
+
+def _transformers_bit(model: Model) -> Side:
+    import transformers
+
+    c = model.config
+    settings = transformers.BitConfig(
+        embedding_size=c.trunk.stem_width,
+        hidden_sizes=list(c.trunk.widths),
+        depths=list(c.trunk.depths),
+        num_labels=c.num_classes,
+    )
+    peer = transformers.BitForImageClassification(settings)
+    peer.load_state_dict(translate(model, "transformers", model.state_dict()))
     return Side("transformers", peer, lambda x: peer(pixel_values=x).logits)
 
 
@@ -186,7 +203,8 @@ def flat_gradient(model: Model) -> Callable[[Side], Tensor]:
         if side.name == "vitrail":
             grads = translate(model, "timm", grads)
         elif side.name == "transformers":
-            state = load_model({_file_name(n): g for n, g in grads.items()}, quiet=True, heads=model.config.heads).state_dict()
+            hints = {} if model.family == "bit" else {"heads": model.config.heads}
+            state = load_model({_file_name(n): g for n, g in grads.items()}, quiet=True, **hints).state_dict()
             grads = translate(model, "timm", {n: t for n, t in state.items() if n in dict(model.named_parameters())})
         elif side.name == "torchvision":
             state = (

@@ -23,6 +23,14 @@ def lively(name: str) -> torch.nn.Module:
     return model.eval()
 
 
+def test_folding_includes_weight_standardisation() -> None:
+    model, images = lively("resnetv2_micro"), torch.randn(4, 3, 16, 16)
+    folded = fold_batchnorm(model)
+    assert not torch.equal(folded.stem.conv.weight, model.stem.conv.weight)
+    with torch.no_grad():
+        assert torch.allclose(folded(images), model(images), atol=1e-5, rtol=1e-5)
+
+
 def test_folding_keeps_the_function_and_the_model() -> None:
     model = lively("resnet_micro")
     images = torch.randn(4, 3, 16, 16)

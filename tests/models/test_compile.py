@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from vitrail.models import MODELS
+
 pytestmark = pytest.mark.compiler
 
 FULL_GRAPH = """
@@ -40,6 +42,6 @@ print("same function")
 """
 
 
-@pytest.mark.parametrize("name", ["vit_micro_patch4_16", "deit_micro", "resnet_micro"])
+@pytest.mark.parametrize("name", [name for name in MODELS if "_micro" in name])
 def test_compiles_to_a_full_graph(name: str, run_python) -> None:
     assert "same function" in run_python(FULL_GRAPH, name)

@@ -22,6 +22,8 @@ PARAMETERS = {
     "deit_small_distilled_patch16_224": 22_436_432, "deit_base_distilled_patch16_224": 87_338_192,
     "deit_base_distilled_patch16_384": 87_630_032,
     "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160, "resnet152": 60_192_808,
+    "resnetv2_50x1_bit": 25_549_352, "resnetv2_50x3_bit": 217_319_080, "resnetv2_101x1_bit": 44_541_480,
+    "resnetv2_101x3_bit": 387_934_888, "resnetv2_152x2_bit": 236_335_208, "resnetv2_152x4_bit": 936_533_224,
 }  # fmt: skip
 
 
@@ -60,7 +62,7 @@ class TestEveryFamily:
         model = create_model(name, num_classes=5)
         torch.nn.init.normal_(model.head.linear.weight)
         for module in model.modules():  # a zero gain at the end of a branch hides the gradients before it
-            if isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.GroupNorm)):
                 torch.nn.init.ones_(module.weight)
         model(example(model, 4)).square().sum().backward()
         silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]

@@ -17,12 +17,12 @@ from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import resize_grid, resize_line
 from vitrail.models import FAMILIES, MODELS, Model, build, override
 
-from . import deit, resnet, vit, vit_google
+from . import bit, deit, resnet, vit, vit_google
 from .io import find_weights, read_json, read_metadata, read_state, write_folder, write_npz, write_safetensors, write_text
 from .mapping import CheckpointError, Report, State, read, write
 from .sources import Files, Source, told_by_name
 
-SOURCES: tuple[Source, ...] = (*vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES)
+SOURCES: tuple[Source, ...] = (*vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES)
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
 _NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth")
 _VERSION = 1

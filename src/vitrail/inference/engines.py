@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from vitrail.config import Preprocess
 from vitrail.cost import DTYPES, memory_format
 from vitrail.data.transforms import Normalise
-from vitrail.layers.conv import ConvNorm
+from vitrail.layers.conv import ConvNorm, StdConv2d
 from vitrail.models import Model
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def fold_batchnorm(model: M) -> M:
-    """A copy in eval mode whose batch normalisations are part of the convolutions before them; same function, fewer passes."""
+    """A copy in eval mode of the same function: batch norms and weight standardisations are part of the convolutions."""
     folded = copy.deepcopy(model).eval()
     for module in folded.modules():
-        if isinstance(module, ConvNorm):
+        if isinstance(module, (ConvNorm, StdConv2d)):
             module.fold()
     return folded
 

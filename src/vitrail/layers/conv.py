@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 ReLU = partial(nn.ReLU, inplace=True)  # what it overwrites (a normalised map, a sum) is needed by nobody else
@@ -33,3 +37,110 @@ class ConvNorm(nn.Module):
         if isinstance(self.norm, nn.BatchNorm2d):
             self.conv = nn.utils.fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
             self.norm = nn.Identity()
+
+
+class StdConv2d(nn.Conv2d):
+    """Bias-free convolution whose kernels are standardised over their inputs (weight standardisation, arXiv 1903.10520).
+
+    `rule` says where `eps` guards the division: (w - mean) / sqrt(variance + eps) under "variance" (BiT, timm, transformers),
+    / (deviation + eps) under "deviation" (the hybrids of Google's vision_transformer). `padding` is "symmetric" (half the
+    kernel on each side) or "same" (TensorFlow's: the odd one of an odd total goes to the right and the bottom).
+
+    Without gradients the standardised kernel is kept until the weight changes (what torch does not count as a change, such as
+    `weight.data.mul_()`, needs a call of `eval()`); `fold()` makes it the weight for good.
+    """
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        eps: float,
+        rule: str = "variance",
+        padding: str = "symmetric",
+    ):
+        super().__init__(cin, cout, kernel, stride, kernel // 2, bias=False)
+        self.eps, self.rule = eps, rule
+        self.same = padding == "same" and stride > 1  # at stride 1 an odd kernel is padded alike under both
+        self.folded = False
+        self.kept: tuple[Tensor, int, Tensor] | None = None  # the weight's memory, its version, and the kernel made of it
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d i j"]:
+        """Convolution with the standardised kernel."""
+        padding = self.padding
+        if self.same:
+            x, padding = _pad_same(x, self.kernel_size[0], self.stride[0])
+        return F.conv2d(x, self.effective_weight(), None, self.stride, padding)
+
+    def effective_weight(self) -> Tensor:
+        """The standardised kernel: computed where a gradient or a compiler needs the computation, else kept."""
+        weight = self.weight
+        if self.folded:
+            return weight
+        if torch.compiler.is_compiling() or type(weight) is not nn.Parameter or weight.is_inference():
+            return self.standardise(weight)  # traced, or replaced for one call
+        if torch.is_grad_enabled() and weight.requires_grad:
+            self.kept = None
+            return self.standardise(weight)
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        if self.kept is not None:
+            memory, version, kernel = self.kept  # holding the memory, so that its address cannot be given to another weight
+            same_memory = memory.data_ptr() == weight.data_ptr() and memory.stride() == weight.stride()
+            if same_memory and version == weight._version and kernel.dtype == dtype:
+                return kernel
+        with torch.inference_mode(False), torch.no_grad():
+            kernel = self.standardise(weight).to(dtype)
+            self.kept = (weight.detach(), weight._version, kernel)
+        return kernel
+
+    def standardise(self, weight: Float[Tensor, "d c i j"]) -> Float[Tensor, "d c i j"]:
+        """Zero mean and unit (biased) variance over inputs and positions, in the weight's own memory order."""
+        last = weight.is_contiguous(memory_format=torch.channels_last)
+        order, back = ((0, 2, 3, 1), (0, 3, 1, 2)) if last else ((0, 1, 2, 3), (0, 1, 2, 3))
+        ordered = weight.permute(order)
+        rows = ordered.flatten(1)
+        if self.rule == "variance":
+            rows = F.layer_norm(rows, rows.shape[1:], eps=self.eps)
+        else:
+            variance, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
+            rows = (rows - mean) / (variance.sqrt() + self.eps)
+        return rows.view(ordered.shape).permute(back)
+
+    def fold(self) -> None:
+        """Make the standardised kernel the weight: the same function, for inference."""
+        if not self.folded:
+            with torch.no_grad():
+                self.weight.copy_(self.standardise(self.weight))
+            self.folded, self.kept = True, None
+
+    def train(self, mode: bool = True) -> StdConv2d:
+        """Switch the mode, and forget the kept kernel."""
+        self.kept = None
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StdConv2d:
+        self.kept = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without the kept kernel."""
+        return {**self.__dict__, "kept": None}
+
+
+def _pad_same(x: Tensor, kernel: int, stride: int) -> tuple[Tensor, tuple[int, int]]:
+    """The input, padded if it must be, and the symmetric padding left to the convolution."""
+    totals = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[2:]]
+    if all(total % 2 == 0 for total in totals):
+        return x, (totals[0] // 2, totals[1] // 2)
+    (top, left), (height, width) = [total // 2 for total in totals], totals
+    return F.pad(x, (left, width - left, top, height - top)), (0, 0)
+
+
+def max_pool_same(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
+    """3x3 max pooling of stride 2 under TensorFlow's "SAME" padding, which never wins: odd sides get one row on each side,
+    even ones a single row at the end, where `ceil_mode` lets the last window reach out.
+    """
+    return F.max_pool2d(x, 3, 2, (x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
