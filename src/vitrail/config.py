@@ -109,6 +109,7 @@ class AugmentConfig:
     affine_translate: float = 0.0  # shift, up to this fraction of the side
     affine_scale: tuple[float, float] = (1.0, 1.0)  # zoom, uniform between two factors
     affine_shear: float = 0.0  # uniform in +- degrees
+    elastic: float = 0.0  # bending: points of a 4 x 4 grid move by up to this fraction of the side, as suits handwriting
     randaugment_ops: int = 0  # operations per picture, 0 = off
     randaugment_magnitude: float = 9.0  # strength, 0..31
     randaugment_probability: float = 1.0  # of each operation

@@ -25,6 +25,7 @@ EVERYTHING = AugmentConfig(
     affine_translate=0.1,
     affine_scale=(0.8, 1.2),
     affine_shear=8,
+    elastic=0.05,
     randaugment_ops=3,
     three_augment=True,
     color_jitter=0.4,
@@ -100,6 +101,25 @@ def test_warp_is_torchvisions_affine() -> None:
         F.affine(p, angle[i], [right[i], down[i]], scale[i], [lean[i], -lean[i] / 2], interpolation=BILINEAR)
         for i, p in enumerate(PICTURES)])  # fmt: skip
     assert furthest(ops.warp(PICTURES, matrices), expected) <= 1
+
+
+def test_bends_move_pixels_by_what_the_grid_says() -> None:
+    still = ops.affine_matrices(np.zeros(6))
+    assert torch.equal(ops.warp(PICTURES, still, np.zeros((6, 2, 4, 4))), PICTURES)
+    shift = np.zeros((6, 2, 4, 4))
+    shift[:, 0], shift[:, 1] = 3, -2  # fetched from 3 pixels to the right and 2 above
+    moved = ops.warp(PICTURES, still, shift)
+    assert torch.equal(moved[:, :, 2:, :-3], PICTURES[:, :, :-2, 3:])
+
+
+def test_elastic_bending_alone_changes_shapes_but_not_much() -> None:
+    images = torch.zeros(64, 1, 24, 24, dtype=torch.uint8)
+    images[:, :, :, 12:] = 255
+    bent = DeviceAugment(AugmentConfig(hflip=0, elastic=0.1))(images, keys(64), 0)
+    edges = (bent[:, 0, 5:-5, 6:-6] > 127).sum(2).double()  # white pixels of the inner rows: 6, had nothing moved
+    assert edges.std(1).mean() > 0.3
+    assert 2 <= edges.min() < 5
+    assert 7 < edges.max() <= 10
 
 
 @pytest.mark.parametrize("size", [(36, 44), (32, 32)])

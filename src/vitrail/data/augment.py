@@ -36,7 +36,9 @@ _GROUP = 2_400_000  # values that a thread takes at a time
 _CPU_CHUNK = 600_000  # values worked on together on a CPU, so that they stay in its caches: 4 pictures of 224 x 224
 
 # Each purpose draws from its own stream, so that switching one on or off leaves the others' numbers alone.
-_FLIP, _AFFINE, _THREE, _JITTER, _ERASE, _NOISE, _RANDAUGMENT = range(7)
+_FLIP, _AFFINE, _THREE, _JITTER, _ERASE, _NOISE, _RANDAUGMENT = range(7)  # RandAugment: one for each of its operations
+_BEND = 64
+_BEND_GRID = 4  # control points along a side
 
 
 @cache
@@ -76,8 +78,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class DeviceAugment(nn.Module):
-    """What AugmentConfig asks for after decoding and before normalising: flips, affine, RandAugment, 3-Augment, colour jitter
-    and random erasing, in this order.
+    """What AugmentConfig asks for after decoding and before normalising: flips, affine and elastic moves, RandAugment,
+    3-Augment, colour jitter and random erasing, in this order.
 
     Operations on colour are left out where there are not three channels. Raises ConfigError for settings out of range.
     """
@@ -86,9 +88,10 @@ class DeviceAugment(nn.Module):
         super().__init__()
         check_augment(augment)
         a = self.augment = augment
+        moves = a.affine_degrees or a.affine_translate or a.affine_shear or a.affine_scale != (1.0, 1.0)
         stages = (
             (self._flip, a.hflip or a.vflip),
-            (self._affine, a.affine_degrees or a.affine_translate or a.affine_shear or a.affine_scale != (1.0, 1.0)),
+            (self._affine, moves or a.elastic),
             (self._randaugment, a.randaugment_ops and a.randaugment_probability),
             (self._three_augment, a.three_augment),
             (self._jitter, a.color_jitter),
@@ -133,7 +136,12 @@ class DeviceAugment(nn.Module):
             scale=a.affine_scale[0] + (grow + 1) / 2 * (a.affine_scale[1] - a.affine_scale[0]),
             shear=(np.radians(lean * a.affine_shear), 0.0),
         )
-        _apply(images, np.ones(len(images), bool), ops.warp, matrices)
+        everything = np.ones(len(images), bool)
+        if not a.elastic:
+            return _apply(images, everything, ops.warp, matrices)
+        bends = draws.uniform(_BEND, 2 * _BEND_GRID**2).reshape(-1, 2, _BEND_GRID, _BEND_GRID) * 2 - 1
+        bends *= a.elastic * np.array([width, height])[:, None, None]
+        return _apply(images, everything, ops.warp, matrices, bends)
 
     def _randaugment(self, images: Tensor, draws: Draws) -> None:
         """Cubuk et al. 2019; the operations and their ranges are those of torchvision's RandAugment, bilinear."""
@@ -243,6 +251,7 @@ def check_augment(augment: AugmentConfig) -> None:
         "affine_translate": (0, 1),
         "affine_degrees": (0, 180),
         "affine_shear": (0, 89),
+        "elastic": (0, 0.5),
         "randaugment_magnitude": (0, 31),
         "randaugment_ops": (0, 14),
         "color_jitter": (0, float("inf")),

@@ -121,16 +121,21 @@ def _mirror(images: Tensor, axis: int) -> Tensor:
     return images.index_select(axis, torch.minimum(places, period - places) % size)
 
 
-def warp(images: Batch, matrices: Float64[np.ndarray, "n 3 3"]) -> Batch:
+def warp(images: Batch, matrices: Float64[np.ndarray, "n 3 3"], bends: Float64[np.ndarray, "n 2 k k"] | None = None) -> Batch:
     """Each sample moved by its matrix, bilinear, black outside.
 
-    A matrix takes column vectors (x, y, 1) of the picture to their new place, in pixels from the picture's centre.
+    A matrix takes column vectors (x, y, 1) of the picture to their new place, in pixels from the picture's centre. Where
+    `bends` are given, a pixel is fetched from further away by (x, y) pixels, known on a coarse grid from corner to corner and
+    bicubic between (U-Net, arXiv 1505.04597, section 3.1).
     """
     height, width = images.shape[2:]
     back = torch.from_numpy(np.linalg.inv(matrices).astype(np.float32)).to(images.device)[:, :2, :, None, None]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
     places = back[:, :, 0] * x + (back[:, :, 1] * y + back[:, :, 2])  # n 2 h w
+    if bends is not None:
+        coarse = torch.from_numpy(bends.astype(np.float32)).to(images.device)
+        places += F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)
     grid = torch.stack([places[:, 0] / (width / 2), places[:, 1] / (height / 2)], 3)
     return (
         F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False).round_().to(torch.uint8)

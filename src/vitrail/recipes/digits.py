@@ -25,9 +25,18 @@ def digits() -> RunConfig:
     return RunConfig(
         data="digits",
         model="vit_tiny_patch16_224",
-        overrides={"width": 64, "depth": 4, "heads": 4, "mlp_dim": 256, "patch": [4, 4], "pool": "mean", "class_token": False},
+        overrides={
+            "width": 64,
+            "depth": 4,
+            "heads": 4,
+            "mlp_dim": 256,
+            "patch": [4, 4],
+            "pool": "mean",
+            "class_token": False,
+            "position.kind": "sincos",
+        },
         batch_size=64,
-        precision="bf16",
+        precision="fp32",
         data_config=DataConfig(val_fraction=0.0),  # nothing is chosen while training: all 4,000 pictures are trained on
         input=InputConfig(image_size=(20, 20), channels=1),
         augment=AugmentConfig(
@@ -35,5 +44,5 @@ def digits() -> RunConfig:
         ),
         objective=ObjectiveConfig(label_smoothing=0.1),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05, ema=0.999),
-        schedule=ScheduleConfig(epochs=60, warmup_epochs=2),
+        schedule=ScheduleConfig(epochs=50, warmup_epochs=2),
     )
