@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from vitrail.checkpoints import load_model, save_model
+    from vitrail.checkpoints import create_model, load_model, save_model
     from vitrail.evaluation.classify import evaluate
     from vitrail.inference.predictor import Predictor
     from vitrail.layers.attention import record_attention
-    from vitrail.models import create_model, list_models
+    from vitrail.models import list_models
     from vitrail.runs import train
 
 _PUBLIC = {
-    "create_model": "vitrail.models",
+    "create_model": "vitrail.checkpoints",
     "list_models": "vitrail.models",
     "load_model": "vitrail.checkpoints",
     "save_model": "vitrail.checkpoints",

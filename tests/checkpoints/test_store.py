@@ -201,7 +201,7 @@ def _metadata(path) -> dict[str, str]:
 
 def test_unknown_weights_and_paths(tmp_path) -> None:
     save_file({"some.weight": torch.zeros(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="belong to no known project"):
+    with pytest.raises(CheckpointError, match="belong to no known layout"):
         load_model(tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="no such file"):
         load_model(tmp_path / "absent")

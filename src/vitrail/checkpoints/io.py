@@ -94,7 +94,7 @@ def read_state(path: Path) -> tuple[State, dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     if path.suffix == ".npz":
         return _read_npz(path), {}
-    return _read_torch(path), {}
+    return _read_torch(path)
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array))
 
 
-def _read_torch(path: Path) -> State:
+def _read_torch(path: Path) -> tuple[State, dict[str, str]]:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
             warnings.simplefilter("ignore")  # an odd pickle protocol ends in one of the errors below
@@ -137,7 +137,18 @@ def _read_torch(path: Path) -> State:
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as problem:
         raise CheckpointError(f"{path}: not a complete torch file ({str(problem).splitlines()[0]})") from None
-    return find_weights(content, str(path))
+    return find_weights(content, str(path)), _named_inside(content)
+
+
+def _named_inside(content: Any) -> dict[str, str]:
+    """{"arch": the model's name} where a training checkpoint tells it (timm, torchvision's references, DeiT)."""
+    if not isinstance(content, Mapping):
+        return {}
+    arguments = content.get("args")
+    told = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    names = (content.get("arch"), told.get("model"), told.get("arch"))
+    name = next((name for name in names if isinstance(name, str) and name), "")
+    return {"arch": name} if name else {}
 
 
 def find_weights(content: Any, name: str) -> State:

@@ -171,6 +171,12 @@ def _match(
     return None
 
 
+def matching(rules: Iterable[Rule], names: Iterable[str]) -> set[str]:
+    """Those of the source's `names` that a rule knows."""
+    patterns = [_regex(pattern) for rule in rules for pattern in rule.theirs]
+    return {name for name in names if any(pattern.match(name) for pattern in patterns)}
+
+
 def write(rules: Iterable[Rule], state: Mapping[str, Tensor]) -> State:
     """Our state dict under the source's names: the inverse of `read`. Raises CheckpointError for a key without a place."""
     table = [(rule, _regex(rule.ours)) for rule in rules if rule.ours]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.config import ModelCard, Preprocess
 
@@ -26,7 +24,8 @@ class Source:
     recognise(names) says whether a state dict is of this kind. infer(state, files, hints) gives the family's config (its
     `hints` are the user's overrides, which decide what shapes cannot tell, such as heads) and notes about guesses.
     rules(config) is the table. card(config, files) gives labels and preprocessing. export(config, card) gives the JSON files
-    that the project's own loader wants beside the weights (None: the project cannot hold this model).
+    that the project's own loader wants beside the weights (None: the project cannot hold this model). `clean` brings older
+    spellings of keys to the table's.
     """
 
     name: str
@@ -38,22 +37,9 @@ class Source:
     export: Callable[[Any, ModelCard], dict[str, dict[str, Any]]]
     clean: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda state: state
     container: str = "model.safetensors"
-    guess: str = ""  # said when `card` had nothing but the weights to go by, where other weights look the same
-
-
-# Preprocessing that published names tell and shapes do not: DeiT's (its repository's datasets.py; README: crop 0.875).
-_PUBLISHED = {
-    r"deit_(tiny|small|base)_(distilled_)?patch16_(224|384)": {
-        "mean": IMAGENET_MEAN, "std": IMAGENET_STD, "crop_pct": 0.875, "interpolation": "bicubic",
-    },
-}  # fmt: skip
-
-
-def told_by_name(name: str) -> dict[str, Any]:
-    """What the published name of a file or its folder tells, in the form of timm's config.json; {} for an unknown one."""
-    last = "/".join(Path(name).parts[-2:])
-    known = next((settings for pattern, settings in _PUBLISHED.items() if re.search(pattern, last)), None)
-    return {"pretrained_cfg": known} if known else {}
+    guess: str = ""  # how `card` guesses the preprocessing, where other weights look the same; said when nothing tells it
+    one_preprocess: bool = False  # all published weights of this naming take pictures alike, so that card() is no guess
+    peer: Callable[[Any], nn.Module] | None = None  # the project's own model of a config, to check what was written
 
 
 def count_blocks(state: Mapping[str, Tensor], before: str, after: str = ".") -> int:

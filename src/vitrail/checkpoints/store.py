@@ -17,10 +17,11 @@ from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import resize_grid, resize_line
 from vitrail.models import FAMILIES, MODELS, Model, build, override
 
-from . import bit, deit, resnet, vit, vit_google
+from . import bit, deit, hub, identity, resnet, vit, vit_google
+from .identity import Origin
 from .io import find_weights, read_json, read_metadata, read_state, write_folder, write_npz, write_safetensors, write_text
 from .mapping import CheckpointError, Report, State, read, write
-from .sources import Files, Source, told_by_name
+from .sources import Source
 
 SOURCES: tuple[Source, ...] = (*vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES)
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
@@ -29,34 +30,43 @@ _VERSION = 1
 
 
 def load_model(
-    source: str | Path | Mapping[str, Any],
-    *,
-    quiet: bool = False,
-    preprocess: Preprocess | None = None,
-    **overrides: Any,
+    source: str | Path | Mapping[str, Any], *, preprocess: Any = None, quiet: bool = False, **overrides: Any
 ) -> Model:
-    """A model from a file (.safetensors, .npz, .pth, .pyth, .bin), a folder, a run directory, or a state dict in memory.
+    """A model from weights wherever they are: a file (.safetensors, .npz, .pth, .pyth, .bin), a folder, a run directory, a
+    state dict in memory, a repository of the hub ("timm/vit_base_patch16_224.augreg_in21k", "hf-hub:owner/name@revision") or
+    a URL.
 
     The naming (ours, timm, transformers, torchvision, Google) and the configuration are found from the file. `overrides` are
     fields of the family's config and decide what shapes cannot tell (heads=..., built_size=(h, w)); a new image_size resizes
-    the position tables, a new num_classes rebuilds the head with zeros. Preprocessing is the one given here, that of our
-    metadata, of a configuration beside the weights, of a published file name, or else the family's. What happened is printed
-    in a short table to stderr whenever it is more than a plain load. Raises CheckpointError for files that cannot be used.
+    the position tables, a new num_classes rebuilds the head with zeros. preprocess: a `Preprocess`, a mapping of its fields,
+    "imagenet" or "half" (mean and std), or the name of published weights; by default what the file, the configuration beside
+    it or its name says. What happened is printed in a short table to stderr whenever it is more than a plain load, guesses
+    are called guesses. Raises CheckpointError for files that cannot be used or fetched.
     """
-    state, metadata, files, name = _open(source)
-    report = Report(source=name)
-    if "vitrail" in metadata:
-        model, ours = _from_ours(metadata["vitrail"], state, overrides, name), dict(state)
+    state, origin = _open(source)
+    report = Report(source=origin.name)
+    if "vitrail" in origin.metadata:
+        model, ours = _from_ours(origin.metadata["vitrail"], state, overrides, report), dict(state)
     else:
-        model, ours = _from_foreign(state, files, overrides, report, told=preprocess is not None)
+        model, ours = _from_foreign(state, origin, overrides, report)
     if preprocess is not None:
-        model.card = dataclasses.replace(model.card, preprocess=preprocess)
-    _fill(model, ours, report, name)
+        base = model.card.preprocess
+        model.card = dataclasses.replace(model.card, preprocess=identity.asked_preprocessing(preprocess, base))
+        report.notes = [n for n in report.notes if "preprocessing" not in n]
+        report.notes.append(f"preprocessing: {identity.describe(model.card.preprocess)} (as asked)")
+    _fill(model, ours, report, origin.name)
     report.loaded = len(ours)
+    if broken := [key for key, tensor in ours.items() if tensor.is_floating_point() and not _finite(tensor)]:
+        report.notes.append(f"nan or inf in {len(broken)} of {len(ours)} tensors: {', '.join(broken[:4])}")
     eventful = report.resized or report.remade or report.missing or report.unexpected or report.notes or report.renamed
     if eventful and not quiet:
         print("\n".join(report.lines()), file=sys.stderr)
     return model.eval()
+
+
+def _finite(tensor: Tensor) -> bool:
+    """One pass, nothing allocated: nan and inf survive in the extremes."""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def load_checkpoint_card(source: str | Path) -> tuple[str, ModelCard | None]:
@@ -116,13 +126,16 @@ def _save_ours(model: Model, state: State, path: Path, card: ModelCard) -> Path:
     return file
 
 
-def _open(source: str | Path | Mapping[str, Any]) -> tuple[State, dict[str, str], Files, str]:
+def _open(source: str | Path | Mapping[str, Any]) -> tuple[State, Origin]:
     if isinstance(source, Mapping):
-        return find_weights(source, "state dict"), {}, {}, "state dict"
-    path = _weights_file(Path(source))
+        return find_weights(source, "state dict"), Origin("state dict")
+    fetched = hub.fetch(source) if isinstance(source, str) and hub.is_remote(source) else None
+    path = fetched.path if fetched else _weights_file(Path(source))
     state, metadata = read_state(path)
-    beside = {name: read_json(path.parent / name) for name in ("config.json", "preprocessor_config.json")}
-    return state, metadata, {name: content for name, content in beside.items() if content}, str(source)
+    beside = {name: read_json(path.parent / name) for name in hub.BESIDE}
+    files = {name: content for name, content in beside.items() if content}
+    names = (fetched.name,) if fetched else (path.name, path.absolute().parent.name)
+    return state, Origin(str(source), metadata, files, names, fetched.provenance if fetched else "")
 
 
 def _weights_file(path: Path) -> Path:
@@ -130,8 +143,8 @@ def _weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        known = settings.nearest(str(path), MODELS, 1)[0]
-        hint = f" ({known} is a model's name: create_model gives it random weights)" if str(path) in MODELS else ""
+        hint = f" ({path} is a model's name: create_model makes it, pretrained=True with published weights)"
+        hint = hint if str(path) in MODELS else ""
         raise CheckpointError(f"{path}: no such file or folder{hint}")
     for folder in (path, path / "model", path / "best"):
         for name in _NAMES:
@@ -157,40 +170,77 @@ def _parse(text: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _from_ours(text: str, state: State, overrides: Mapping[str, Any], name: str) -> Model:
-    content = _parse(text, name)
+def _from_ours(text: str, state: State, overrides: Mapping[str, Any], report: Report) -> Model:
+    content = _parse(text, report.source)
     config = settings.from_dict(FAMILIES[content["family"]].CONFIG, content["config"])
     card = settings.from_dict(ModelCard, content.get("card") or {})
+    if card.classes:
+        card, remark = identity.labelled(card, config.num_classes)
+        report.notes += [remark] if remark else []
     return _finish(config, overrides, card, str(content.get("name", "")))
 
 
-def _from_foreign(
-    state: State, files: Files, overrides: Mapping[str, Any], report: Report, told: bool = False
-) -> tuple[Model, State]:
+def _from_foreign(state: State, origin: Origin, overrides: Mapping[str, Any], report: Report) -> tuple[Model, State]:
+    configs = {family: next(iter(module.VARIANTS.values())) for family, module in FAMILIES.items()}
     source = next((s for s in SOURCES if s.recognise(state)), None)
     if source is None:
-        sample = ", ".join(list(state)[:3])
-        raise CheckpointError(
-            f"{report.source}: the names of its tensors ({sample}, ...) belong to no known project and family; "
-            f"known: {', '.join(sorted({f'{s.name} {s.family}' for s in SOURCES}))}"
-        )
+        raise identity.unknown_layout(origin.name, state, SOURCES, configs)
     state = source.clean(dict(state))
-    if source.name == "timm" and not files.get("config.json") and (by_name := told_by_name(report.source)):
-        files = {**files, "config.json": by_name}
-        report.notes.append("preprocessing as published under this name (preprocess=Preprocess(...) decides)")
-    if source.guess and not files and not told:
-        report.notes.append(source.guess)
+    claim = identity.claimed(origin)
+    config, ours, believed = _translate_claimed(source, state, origin, claim, overrides, report)
+    claim = claim if believed else None
+    identity.refuse_mixture(origin.name, report.unexpected, source, state, SOURCES, configs)
+    report.source = f"{origin.name} ({source.name} {source.family})"
+    card = source.card(config, origin.files)
+    preprocess, why = identity.preprocessing(source, card, origin, claim)
+    card, remark = identity.labelled(card, config.num_classes)
+    report.notes += [note for note in (why, remark) if note]
+    if claim is not None and claim.exact:
+        card = dataclasses.replace(card, licence=card.licence or claim.row.licence, provenance=claim.row.card().provenance)
+    provenance = (*card.provenance, *filter(None, [origin.provenance]), f"weights in {source.name}'s naming")
+    card = dataclasses.replace(card, preprocess=preprocess, provenance=provenance)
+    changes = {k: v for k, v in overrides.items() if k != "built_size"}
+    name = claim.row.model if claim is not None and claim.row.model in MODELS else _registered(config)
+    return _finish(config, changes, card, name), ours
+
+
+def _translate_claimed(
+    source: Source, state: State, origin: Origin, claim: identity.Claim | None, overrides: Mapping[str, Any], report: Report
+) -> tuple[Any, State, bool]:
+    """The configuration, the tensors under our names, and whether a claim about them holds; what it tells is used then."""
+    if claim is not None:
+        attempt = Report(source=report.source)
+        try:
+            config, ours = _translate(source, state, origin, {**_hints(claim.row.model), **overrides}, attempt)
+        except ValueError:
+            ours = {}
+        if ours and identity.is_size_of(claim.row, config, ours):
+            vars(report).update(vars(attempt))
+            return config, ours, True
+        report.notes.append(f"{claim.said_by} stands for {claim.row.id}, but these weights are of another size: ignored")
+    return *_translate(source, state, origin, overrides, report), False
+
+
+def _translate(source: Source, state: State, origin: Origin, hints: Mapping[str, Any], report: Report) -> tuple[Any, State]:
+    """The configuration and the tensors under our names."""
     try:
-        config, notes = source.infer(state, files, overrides)
+        config, notes = source.infer(state, origin.files, hints)
     except (KeyError, IndexError) as problem:
-        raise CheckpointError(f"{report.source}: looks like {source.name} {source.family}, but {problem} is missing") from None
-    report.source = f"{report.source} ({source.name} {source.family})"
+        raise CheckpointError(f"{origin.name}: looks like {source.name} {source.family}, but {problem} is missing") from None
     report.notes += notes
-    ours = read(source.rules(config), state, report)
-    card = source.card(config, files)
-    card = dataclasses.replace(card, provenance=(*card.provenance, f"weights in {source.name}'s naming"))
-    model = _finish(config, {k: v for k, v in overrides.items() if k != "built_size"}, card, "")
-    return model, ours
+    return config, read(source.rules(config), state, report)
+
+
+def _hints(model: str) -> dict[str, Any]:
+    """What a model's name tells that the shapes of its weights do not."""
+    heads = getattr(MODELS.get(model), "heads", None)
+    return {"heads": heads} if heads else {}
+
+
+def _registered(config: Any) -> str:
+    """The registry id of a configuration, whatever its number of classes and channels; "" for none."""
+    free = {"num_classes": config.num_classes, "in_channels": config.in_channels}
+    return next((n for n, c in MODELS.items() if type(c) is type(config) and dataclasses.replace(c, **free) == config), "")
 
 
 def _finish(config: Any, overrides: Mapping[str, Any], card: ModelCard, name: str) -> Model:

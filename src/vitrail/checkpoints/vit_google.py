@@ -151,4 +151,4 @@ def _recognise(state: State) -> bool:
     return patches and not hybrid and any(key.endswith("Transformer/encoder_norm/scale") for key in state)
 
 
-SOURCES = (Source("google", "vit", _recognise, _infer, _rules, _card, _export, _clean, "model.npz"),)
+SOURCES = (Source("google", "vit", _recognise, _infer, _rules, _card, _export, _clean, "model.npz", one_preprocess=True),)
