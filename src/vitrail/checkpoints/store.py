@@ -181,7 +181,7 @@ def _from_ours(text: str, state: State, overrides: Mapping[str, Any], report: Re
 
 
 def _from_foreign(state: State, origin: Origin, overrides: Mapping[str, Any], report: Report) -> tuple[Model, State]:
-    configs = {family: next(iter(module.VARIANTS.values())) for family, module in FAMILIES.items()}
+    configs = {f: next(c for c in m.VARIANTS.values() if isinstance(c, m.CONFIG)) for f, m in FAMILIES.items()}
     source = next((s for s in SOURCES if s.recognise(state)), None)
     if source is None:
         raise identity.unknown_layout(origin.name, state, SOURCES, configs)
