@@ -10,7 +10,8 @@ Sets: `photos`, the JPEGs of at least a megapixel in --photos (without it: made 
 Tasks: `crop` and `crop-bicubic`, training with a crop as large as the centre crop of the others; `random`, training with
 random crops; `eval-exact` and `eval-scaled`, evaluation with full and with DCT-scaled decoding.
 Besides, bicubic: how far the scaled paths are from torchvision's exact pixels, in grey levels, and with --weights FILE on
-how many of 600 re-encoded random parts of the photos a Vision Transformer gives the same top-1 class.
+how many of 600 re-encoded random parts of the photos (with --videos FOLDER: 200 of them of frames) a Vision Transformer
+gives the same top-1 class.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from benchmarks.models import time_pairs
-from benchmarks.pictures import jpegs, make_cuts, make_photos, make_small
+from benchmarks.pictures import CUTS, jpegs, make_cuts, make_frames, make_photos, make_small
 from benchmarks.results import bootstrap_interval, machine, merge
 from vitrail.checkpoints import load_model
 from vitrail.config import AugmentConfig, Preprocess
@@ -50,6 +51,7 @@ RANDOM = AugmentConfig(crop_scale=(0.35, 1.0), crop_ratio=(3 / 4, 4 / 3))
 TARGETS = {("photos", "crop", "torchvision"): 1.8, ("500px", "crop", "torchvision"): 1.4}
 MAX_DIFFERENCE = 1.5  # grey levels
 MIN_AGREEMENT = 0.97
+VIDEOS = (".mp4", ".mkv", ".webm", ".avi", ".mov")
 
 Load = Callable[[Path], Tensor]
 
@@ -234,7 +236,7 @@ def agreement(paths: list[Path], weights: Path) -> dict[str, Any]:
     return {**row, "pictures": len(paths), "decoded_smaller": smaller, "weights": weights.name}
 
 
-def run(photos: list[Path], folder: Path, only: str, pairs: int, weights: Path | None) -> None:
+def run(photos: list[Path], videos: list[Path], folder: Path, only: str, pairs: int, weights: Path | None) -> None:
     """All cells whose name contains `only`; each is merged into the results as soon as it is known."""
     where = machine(packages=PACKAGES)
     sets = {"photos": photos, "500px": make_small(photos, folder)}
@@ -253,7 +255,9 @@ def run(photos: list[Path], folder: Path, only: str, pairs: int, weights: Path |
         if only in (cell := f"{name} difference"):
             report(cell, {**differences(paths), **describe(paths)}, where)
     if weights is not None and only in "agreement":
-        report("agreement", agreement(make_cuts(photos, folder), weights), where)
+        share = CUTS // 3 if videos else 0
+        cuts = make_cuts(photos, folder, CUTS - share) + make_cuts(make_frames(videos, folder), folder, share)
+        report("agreement", {**agreement(cuts, weights), "of_frames": share}, where)
 
 
 def report(cell: str, row: dict[str, Any], where: dict[str, Any]) -> None:
@@ -272,6 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Prepare the pictures and run the cells asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", type=Path, help="folder with camera JPEGs; without it they are made")
+    parser.add_argument("--videos", type=Path, help="folder with videos, for the agreement cell")
     parser.add_argument("--weights", type=Path, help="checkpoint of an image classifier, for the agreement cell")
     parser.add_argument("--only", default="", help="cells whose name contains this text")
     parser.add_argument("--pairs", type=int, default=25)
@@ -285,7 +290,8 @@ def main(arguments: list[str] | None = None) -> None:
         photos = jpegs(given.photos or folder, at_least=1e6)
         if not photos:
             parser.error(f"{given.photos}: no JPEG of at least a megapixel")
-        run(photos, folder, given.only, given.pairs, given.weights)
+        videos = sorted(path for path in given.videos.iterdir() if path.suffix in VIDEOS) if given.videos else []
+        run(photos, videos, folder, given.only, given.pairs, given.weights)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Picture sets for the benchmarks of the data path: made photos, small copies of photos, and random parts of them."""
+"""Picture sets for the benchmarks of the data path: made photos, small copies, frames of videos, and random parts of them."""
 
 from __future__ import annotations
 
@@ -54,8 +54,22 @@ def make_small(photos: list[Path], folder: Path) -> list[Path]:
     return made
 
 
+def make_frames(videos: list[Path], folder: Path, each: int = 8) -> list[Path]:
+    """Frames spread over each video, without loss (needs the extra `video`)."""
+    import av
+
+    made = []
+    for path in videos:
+        with av.open(path) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+        for number in range(each):
+            made.append(folder / f"{path.stem}-frame{number}.png")
+            frames[(2 * number + 1) * len(frames) // (2 * each)].save(made[-1])
+    return made
+
+
 def make_cuts(photos: list[Path], folder: Path, count: int = CUTS) -> list[Path]:
-    """Random parts of the photos at several sizes and qualities."""
+    """Random parts of the photos (or frames) at several sizes and qualities."""
     rng, made = np.random.default_rng(0), []
     for number, path in enumerate(photos):
         picture = _shown(path)
@@ -65,6 +79,6 @@ def make_cuts(photos: list[Path], folder: Path, count: int = CUTS) -> list[Path]
             cut = picture.crop((left, top, left + side, top + int(side * rng.uniform(0.7, 1.0))))
             longest = int(rng.choice(CUT_SIDES))
             cut.thumbnail((longest, longest), Image.Resampling.BICUBIC)
-            made.append(folder / f"cut-{part:03}.jpg")
+            made.append(folder / f"{path.stem}-cut{part:03}.jpg")
             cut.save(made[-1], quality=int(rng.choice(CUT_QUALITIES)))
     return made
