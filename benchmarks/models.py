@@ -31,7 +31,8 @@ from vitrail.cost import count_flops, matmul_peak, memory_format
 from vitrail.models import MODELS, Model, create_model
 
 BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8,
-         "deit_small_distilled_patch16_224": 8, "resnetv2_50x1_bit": 8}  # fmt: skip
+         "deit_small_distilled_patch16_224": 8, "resnetv2_50x1_bit": 8, "cvt_13": 8}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {"cvt_13": {"activation": "gelu"}}  # where the peer computes other than the authors
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
 
@@ -48,7 +49,7 @@ class Side:
 def ours(name: str) -> Side:
     """Our model with seeded random weights of a realistic scale, the head included."""
     torch.manual_seed(0)
-    model = create_model(name)
+    model = create_model(name, **SETTINGS.get(name, {}))
     for parameter in model.head.parameters():
         nn.init.normal_(parameter, std=0.02)
     for name, module in model.named_modules():  # small last gains, as in trained networks: else rounding errors explode
@@ -65,6 +66,8 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
         return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_deit(model)}
     if model.family == "bit":
         return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_bit(model)}
+    if model.family == "cvt":
+        return {"transformers": lambda: _transformers_cvt(model)}
     return {
         "timm": lambda: _timm(name, model),
         "torchvision": lambda: _torchvision_vit(model),
@@ -144,6 +147,14 @@ def _transformers_deit(model: Model) -> Side:
     return Side("transformers", peer, lambda x: peer(pixel_values=x).logits)
 
 
+def _transformers_cvt(model: Model) -> Side:
+    import transformers
+
+    peer = transformers.CvtForImageClassification(transformers.CvtConfig(num_labels=model.config.num_classes))
+    peer.load_state_dict(translate(model, "transformers", model.state_dict()))
+    return Side("transformers", peer, lambda x: peer(pixel_values=x).logits)
+
+
 def autocast(precision: str, device: str) -> torch.autocast:
     """The same autocast for both sides."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
@@ -201,7 +212,9 @@ def flat_gradient(model: Model) -> Callable[[Side], Tensor]:
     def flatten(side: Side) -> Tensor:
         grads = {n: p.grad for n, p in side.model.named_parameters() if p.grad is not None}
         if side.name == "vitrail":
-            grads = translate(model, "timm", grads)
+            grads = translate(model, "transformers" if model.family == "cvt" else "timm", grads)
+        elif model.family == "cvt":
+            pass  # transformers' modules are called as in its files
         elif side.name == "transformers":
             hints = {} if model.family == "bit" else {"heads": model.config.heads}
             state = load_model({_file_name(n): g for n, g in grads.items()}, quiet=True, **hints).state_dict()
@@ -305,7 +318,7 @@ def run_cell(name: str, task: str, precision: str, mode: str, pairs: int, device
     exact = reference(name, task, device)
     torch._dynamo.reset()
     mine = ours(name)
-    initial = create_model(name)
+    initial = create_model(name, **SETTINGS.get(name, {}))
     initial.load_state_dict(mine.model.state_dict())
     mine.model.to(device)
     flat = flat_gradient(initial)

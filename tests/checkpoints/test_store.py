@@ -16,7 +16,7 @@ from vitrail.checkpoints.mapping import Report, drop, fuse, read, rename, transp
 from vitrail.config import ModelCard, Preprocess
 from vitrail.models import create_model
 
-MICROS = ("vit_micro_patch4_16", "resnet_micro")
+MICROS = ("vit_micro_patch4_16", "resnet_micro", "cvt_micro")
 CARD = ModelCard(
     "mine", ("cat", "dög"), False, Preprocess((16, 16), 3, "pad", 0.9, "bilinear", (0.1,), (0.2,)), "CC0", ("made",)
 )

@@ -31,8 +31,9 @@ def test_folding_includes_weight_standardisation() -> None:
         assert torch.allclose(folded(images), model(images), atol=1e-5, rtol=1e-5)
 
 
-def test_folding_keeps_the_function_and_the_model() -> None:
-    model = lively("resnet_micro")
+@pytest.mark.parametrize("name", ["resnet_micro", "cvt_micro"])
+def test_folding_keeps_the_function_and_the_model(name: str) -> None:
+    model = lively(name)
     images = torch.randn(4, 3, 16, 16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folded = fold_batchnorm(model)
@@ -45,7 +46,7 @@ def test_folding_keeps_the_function_and_the_model() -> None:
     assert any(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["resnet_micro", "vit_micro_patch4_16"])
+@pytest.mark.parametrize("name", ["resnet_micro", "vit_micro_patch4_16", "cvt_micro"])
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
 def test_engine_answers_as_the_model_does(name: str, precision: str, tolerance: float) -> None:
     model = lively(name).train()

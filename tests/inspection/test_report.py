@@ -174,6 +174,13 @@ def test_a_network_without_attention_and_data_from_python(picture_folder: Path, 
     assert "handed over from Python" in page.text["reproduce"]
 
 
+def test_attention_that_is_not_global(picture_folder: Path, tmp_path: Path) -> None:
+    model = model_for("cvt_micro")
+    page = Page(write_report(run_in(tmp_path / "run", str(picture_folder), model), model=model))
+    assert "attention of cvt models is not global" in page.text["attention"]
+    assert "attention" not in page.pictures
+
+
 def test_an_evaluation_of_other_pictures_is_refused(picture_folder: Path, tmp_path: Path) -> None:
     model = model_for()
     run = run_in(tmp_path / "run", str(picture_folder), model)

@@ -73,6 +73,12 @@ def write_npz(path: Path, state: Mapping[str, Tensor]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
+def write_torch(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write a bare state dict as torch does, as a whole."""
+    with replacing(path) as temporary:
+        torch.save({name: tensor.detach().to("cpu").clone() for name, tensor in state.items()}, temporary)
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """Text metadata of a safetensors file, without its tensors."""
     with _explained(path), safe_open(path, framework="pt") as file:

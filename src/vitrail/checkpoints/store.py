@@ -17,13 +17,23 @@ from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import resize_grid, resize_line
 from vitrail.models import FAMILIES, MODELS, Model, build, override
 
-from . import bit, deit, hub, identity, resnet, vit, vit_google
+from . import bit, cvt, deit, hub, identity, resnet, vit, vit_google
 from .identity import Origin
-from .io import find_weights, read_json, read_metadata, read_state, write_folder, write_npz, write_safetensors, write_text
+from .io import (
+    find_weights,
+    read_json,
+    read_metadata,
+    read_state,
+    write_folder,
+    write_npz,
+    write_safetensors,
+    write_text,
+    write_torch,
+)
 from .mapping import CheckpointError, Report, State, read, write
 from .sources import Source
 
-SOURCES: tuple[Source, ...] = (*vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES)
+SOURCES: tuple[Source, ...] = (*vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES, *cvt.SOURCES)
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
 _NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth")
 _VERSION = 1
@@ -36,12 +46,12 @@ def load_model(
     state dict in memory, a repository of the hub ("timm/vit_base_patch16_224.augreg_in21k", "hf-hub:owner/name@revision") or
     a URL.
 
-    The naming (ours, timm, transformers, torchvision, Google) and the configuration are found from the file. `overrides` are
-    fields of the family's config and decide what shapes cannot tell (heads=..., built_size=(h, w)); a new image_size resizes
-    the position tables, a new num_classes rebuilds the head with zeros. preprocess: a `Preprocess`, a mapping of its fields,
-    "imagenet" or "half" (mean and std), or the name of published weights; by default what the file, the configuration beside
-    it or its name says. What happened is printed in a short table to stderr whenever it is more than a plain load, guesses
-    are called guesses. Raises CheckpointError for files that cannot be used or fetched.
+    The naming (ours, timm, transformers, torchvision, the authors') and the configuration are found from the file.
+    `overrides` are fields of the family's config and decide what shapes cannot tell (heads=..., built_size=(h, w)); a new
+    image_size resizes the position tables, a new num_classes rebuilds the head with zeros. preprocess: a `Preprocess`, a
+    mapping of its fields, "imagenet" or "half" (mean and std), or the name of published weights; by default what the file, the
+    configuration beside it or its name says. What happened is printed in a short table to stderr whenever it is more than a
+    plain load, guesses are called guesses. Raises CheckpointError for files that cannot be used or fetched.
     """
     state, origin = _open(source)
     report = Report(source=origin.name)
@@ -82,9 +92,10 @@ def load_checkpoint_card(source: str | Path) -> tuple[str, ModelCard | None]:
 def save_model(model: Model, path: str | Path, format: str = "vitrail", card: ModelCard | None = None) -> Path:
     """Write a model as a whole, to a folder (or, for "vitrail", a file ending in .safetensors); returns the weights' path.
 
-    format: vitrail, timm, transformers, torchvision or google, where that project has the family; its own loader then reads
-    the folder strictly and gives the same logits. Labels and preprocessing (`card`, by default the model's) travel along.
-    Raises ValueError for an unknown format and CheckpointError for a model that the project's architecture cannot hold.
+    format: vitrail, timm, transformers, torchvision, google or microsoft, where that project has the family; its own loader
+    then reads the folder strictly and gives the same logits. Labels and preprocessing (`card`, by default the model's)
+    travel along. Raises ValueError for an unknown format and CheckpointError for a model that the project's architecture
+    cannot hold.
     """
     path, card = Path(path), card or model.card or ModelCard()
     if format not in FORMATS:
@@ -102,6 +113,8 @@ def save_model(model: Model, path: str | Path, format: str = "vitrail", card: Mo
     def fill(folder: Path) -> None:
         if source.container.endswith(".npz"):
             write_npz(folder / source.container, written)
+        elif source.container.endswith(".pth"):
+            write_torch(folder / source.container, written)
         else:
             write_safetensors(folder / source.container, written, {"format": "pt"})
         for name, content in files.items():

@@ -15,6 +15,10 @@ from vitrail.models import Model
 Grid = tuple[int, int, int]
 
 
+class NoSingleMapError(ValueError):
+    """Attention within windows, between stages or to fewer keys than queries: no map of all tokens by all tokens."""
+
+
 @dataclass(frozen=True)
 class AttentionView:
     """Where a model looked in b pictures: maps (b, t, h, w) over the token grid, attention shares that sum to 1 at most.
@@ -79,7 +83,7 @@ def look(model: Model, images: Float[Tensor, "b c *t h w"]) -> AttentionView | N
     """Run `model` on normalised pictures and collect what it attends to; None for a model without attention.
 
     The map is asked by the token that the classifier reads: the class token, the pooling query, or, for mean pooling, all
-    patches alike. Raises ValueError where attention is not global, so that no such map exists.
+    patches alike. Raises NoSingleMapError where attention is not global, so that no such map exists.
     """
     if not attention_sites(model):
         return None
@@ -95,7 +99,7 @@ def look(model: Model, images: Float[Tensor, "b c *t h w"]) -> AttentionView | N
     layers = {name: weights for name, weights in maps.items() if weights.shape[-2:] == (tokens, tokens)}
     pooling = [weights for weights in maps.values() if weights.shape[-2] == 1]
     if len(layers) + len(pooling) < len(maps):
-        raise ValueError(f"attention of {model.family} models is not global: there is no single map of all tokens")
+        raise NoSingleMapError(f"attention of {model.family} models is not global: there is no single map of all tokens")
     joint, last = rollout(list(layers.values())), list(layers.values())[-1].float().mean(1)
     query: int | None = 0
     if pooling:

@@ -15,7 +15,7 @@ from vitrail.data import ImageDataset
 from vitrail.data.transforms import Normalise, decode_for_eval
 from vitrail.evaluation.metrics import LABEL_THRESHOLD, Outputs
 from vitrail.inspection import draw
-from vitrail.inspection.attention import AttentionView, attention_distance, look
+from vitrail.inspection.attention import AttentionView, NoSingleMapError, attention_distance, look
 from vitrail.inspection.sections import Context, percent
 from vitrail.models import Model
 
@@ -131,7 +131,10 @@ def attention(model: Model, gallery: Gallery) -> Context:
     """Attention maps over some pictures and how far the heads look; for a model without attention, that it has none."""
     rows, chosen = _chosen(gallery)
     measured = np.unique(np.linspace(0, len(gallery.outputs.logits) - 1, MEASURED).astype(int)).tolist()
-    views = {row: _look(model, gallery, row) for row in dict.fromkeys([*rows, *measured])}
+    try:
+        views = {row: _look(model, gallery, row) for row in dict.fromkeys([*rows, *measured])}
+    except NoSingleMapError as reason:
+        return {"about": "Where a transformer looks when it answers.", "none": f"No maps are shown: {reason}.", "cards": []}
     shown = [(row, view) for row in rows if (view := views[row]) is not None]
     if not shown:
         return {

@@ -22,11 +22,11 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x)."""
+    """x * sigmoid(1.702 x), computed as silu(1.702 x) / 1.702: one kernel less, and one tensor less to keep for training."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Element-wise."""
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) * (1 / 1.702)
 
 
 @dataclass(frozen=True)

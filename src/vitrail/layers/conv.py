@@ -30,7 +30,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, cin, h, w) to (b, cout, h', w')."""
-        return self.act(self.norm(self.conv(x)))
+        return self.act(self.norm(convolve(self.conv, x)))
 
     def fold(self) -> None:
         """Replace convolution and normalisation by one convolution of the same function in eval mode."""
@@ -144,3 +144,17 @@ def max_pool_same(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
     even ones a single row at the end, where `ceil_mode` lets the last window reach out.
     """
     return F.max_pool2d(x, 3, 2, (x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
+
+
+def convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x), by the fast way round a slow kernel.
+
+    On a CPU the backward pass of a strided depth-wise convolution in bfloat16 takes 20 to 50 times as long as the unstrided
+    one's (torch 2.15: 47 ms against 2 ms for (8, 384, 14, 14), stride 2): there, every cell is computed and the wanted ones
+    are kept.
+    """
+    strided = conv.groups == conv.in_channels > 1 and conv.stride != (1, 1)
+    if strided and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled():
+        y = F.conv2d(x, conv.weight, conv.bias, 1, conv.padding, conv.dilation, conv.groups)
+        return y[:, :, :: conv.stride[0], :: conv.stride[1]].contiguous(memory_format=torch.channels_last)
+    return conv(x)
