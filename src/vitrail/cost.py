@@ -106,6 +106,20 @@ def count_flops(model: Model, shape: tuple[int, ...] | None = None) -> int:
     return int(counter.get_total_flops())
 
 
+def flops_by_part(model: Model) -> dict[str, int]:
+    """FLOPs of one forward pass by the model's direct children, as `count_flops` counts; children without any are left out."""
+    counter = FlopCounterMode(display=False)
+    with _pretended(model, training=False) as forward, sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        forward(torch.empty(1, *model.input_shape))
+    found: dict[str, int] = {}
+    for where, counts in counter.get_flop_counts().items():
+        path = where.split(".")[1:]  # after the model's class
+        in_list = len(path) == 2 and path[1].isdigit() and isinstance(model.get_submodule(path[0]), nn.ModuleList)
+        if len(path) == 1 or in_list:
+            found[path[0]] = found.get(path[0], 0) + sum(counts.values())
+    return found
+
+
 @dataclass(frozen=True)
 class Memory:
     """A forecast in bytes. Activations are the highest sum of tensors alive at a time beside the other four."""

@@ -257,3 +257,37 @@ def test_table_operations_invert() -> None:
     assert all(torch.equal(back[key], theirs[key]) for key in theirs)
     with pytest.raises(CheckpointError, match="no place in this format"):
         write(rules, {"c.weight": torch.zeros(1)})
+
+
+GOOGLE = {"activation": "gelu_tanh", "pool": "attention", "class_token": False, "position.prefix": False}
+
+
+@pytest.mark.parametrize("root", ["params/", "params/img/", "opt/target/", "img/"])
+def test_the_roots_that_google_wraps_weights_in(root: str, tmp_path) -> None:
+    """Train states of big_vision and the image tower of SigLIP, whose text tower lies beside."""
+    model = random_model("vit_micro_patch4_16", num_classes=0, **GOOGLE)
+    path = save_model(model, tmp_path / "out", format="google")
+    arrays = {f"{root}{name}": value for name, value in np.load(path).items()}
+    np.savez(
+        tmp_path / "wrapped.npz", **arrays, **{f"{root.replace('img/', 'txt/')}other/kernel": np.zeros((2, 2), np.float32)}
+    )
+    again = load_model(tmp_path / "wrapped.npz", quiet=True)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(again.pool(again.features(x)), model.pool(model.features(x)), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_the_oldest_tables_of_big_vision(token: bool, tmp_path) -> None:
+    """A table at the top level with one row more than the grid: that row is added to the class token, or nobody's."""
+    settings = {"activation": "gelu_tanh", "position.prefix": False} if token else GOOGLE
+    model = random_model("vit_micro_patch4_16", num_classes=2, **settings)
+    arrays = dict(np.load(save_model(model, tmp_path / "out", format="google")))
+    row = np.full((1, 1, 32), 0.25, np.float32)
+    table = arrays.pop("pos_embedding")
+    arrays["Transformer/pos_embedding"] = np.concatenate([row, table], 1)
+    if token:
+        arrays["cls"] = arrays["cls"] - row
+    np.savez(tmp_path / "old.npz", **arrays)
+    again = load_model(tmp_path / "old.npz", quiet=True)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(again(x), model(x), atol=1e-5, rtol=1e-5)

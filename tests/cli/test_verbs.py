@@ -119,21 +119,84 @@ def test_missing_data_names_the_nearest(picture_folder: Path, capsys: pytest.Cap
     assert "nearest" in capsys.readouterr().err
 
 
-def test_models_lists_costs_and_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = {row["model"]: row for row in json.loads(said(capsys, "models", "patch32_224", "--json"))}
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "vitrail" / "models.json"
+
+
+def test_models_lists_costs_and_settings(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {row["model"]: row for row in json.loads(said(capsys, "models", "vit_base_patch32", "--json"))}
     assert rows["vit_base_patch32_224"]["parameters (M)"] == 88.22
     assert rows["vit_base_patch32_224"]["GMACs"] == pytest.approx(4.41, abs=0.01)
+    assert rows["vit_base_patch32_224"]["weights"].startswith("augreg_in21k_ft_in1k")
     one = json.loads(said(capsys, "models", "vit_micro_patch4_16", "--json"))
     assert one["settings"]["position.kind"] == MODELS["vit_micro_patch4_16"].position.kind
     assert "num_classes" not in one["settings"]
 
 
-def test_convert_writes_what_it_read(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "timm format" in said(capsys, "convert", str(checkpoint), str(tmp_path / "timm"), "--format", "timm")
+def test_models_lists_weights_by_licence(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    every = json.loads(said(capsys, "models", "vit_base_patch16_224", "--weights", "--json"))
+    free = json.loads(said(capsys, "models", "vit_base_patch16_224", "--weights", "--commercial-ok", "--json"))
+    assert {row["tag"] for row in every} - {row["tag"] for row in free} >= {"mae", "tv_swag_linear_in1k"}
+    assert all(row["commercial"] == "yes" and row["licence"] == "apache-2.0" for row in free)
+    assert "none with published weights" in said(capsys, "models", "resnet_micro*", "--commercial-ok")
+
+
+def test_models_counts_once_and_then_needs_no_torch(cache: Path, run_python: Any) -> None:
+    code = """
+import sys
+from vitrail.cli import main
+main(["models", "vit_micro", "--json"])
+print("torch" in sys.modules)
+"""
+    first, second = run_python(code), run_python(code)
+    assert first.endswith("True\n")
+    assert second.endswith("False\n")
+    assert first.removesuffix("True\n") == second.removesuffix("False\n")
+    kept = json.loads(cache.read_text())
+    cache.write_text(json.dumps({**kept, "digest": "of other code"}))
+    assert run_python(code) == first
+
+
+def test_models_show_prints_the_parts(capsys: pytest.CaptureFixture[str], cache: Path) -> None:
+    page = json.loads(said(capsys, "models", "show", "vit_micro_patch4_16", "--image-size", "32", "--json"))
+    parts = {row["part"]: row for row in page["parts"]}
+    assert parts["blocks"]["kind"] == "3 x Block"
+    assert sum(row["parameters (M)"] for row in parts.values()) <= page["parameters (M)"] + 0.01
+    assert sum(row["GMACs"] for row in parts.values()) == pytest.approx(page["GMACs"], abs=0.002)
+    assert "published weights" in said(capsys, "models", "show", "resnet18", "--image-size", "32")
+
+
+def test_convert_writes_what_it_read_and_checks_it(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrail.checkpoints.parity.find_spec", lambda name: None)
+    page = said(capsys, "convert", str(checkpoint), str(tmp_path / "timm"), "--to", "timm")
+    assert "timm format" in page
+    assert "read back    largest difference 0.0e+00" in page
+    assert "timm is not installed, so it was not asked" in page
     back = load_model(tmp_path / "timm", heads=4, quiet=True)
     weights = load_model(checkpoint).state_dict()
     assert all((value == weights[name]).all() for name, value in back.state_dict().items())
-    assert set(get_args(get_type_hints(Convert)["format"])) == set(FORMATS)
+    assert set(get_args(get_type_hints(Convert)["to"])) == set(FORMATS)
+    words = ("convert", str(checkpoint), str(tmp_path / "again"), "--preprocess", "imagenet", "crop_fraction=0.5", "--no-check")
+    assert "read back" not in said(capsys, *words)
+    made = load_model(tmp_path / "again").card.preprocess
+    assert (made.mean, made.crop_fraction) == ((0.485, 0.456, 0.406), 0.5)
+    assert main(["convert", str(checkpoint), str(tmp_path / "no"), "--preprocess", "half", "imagenet"]) == 2
+
+
+def test_convert_fails_when_the_answers_differ(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetful(path: Path, **settings: Any) -> Any:
+        model = load_model(path, **settings)
+        model.head.linear.bias.data += 1.0
+        return model
+
+    monkeypatch.setattr("vitrail.checkpoints.parity.load_model", forgetful)
+    assert "difference 1.0e+00" in said(capsys, "convert", str(checkpoint), str(tmp_path / "out"), code=1)
 
 
 def test_bench_measures_a_model(capsys: pytest.CaptureFixture[str]) -> None:

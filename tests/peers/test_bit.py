@@ -35,7 +35,9 @@ def test_timm(tmp_path, pictures: torch.Tensor, record_property) -> None:
     model = load_model(peer.state_dict(), quiet=True)
     with torch.no_grad():
         compare(record_property, "bit", "timm", READS, model(pictures), peer(pictures), **CLOSE)
-        model.card = ModelCard(("a", "b", "c"), Preprocess((96, 96), 3, "crop", 0.8, "bilinear", (0.4,), (0.3,)))
+        model.card = ModelCard(
+            classes=("a", "b", "c"), preprocess=Preprocess((96, 96), 3, "crop", 0.8, "bilinear", (0.4,), (0.3,))
+        )
         save_model(model, tmp_path / "out", format="timm")
         other = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
         compare(record_property, "bit", "timm", WRITES, model(pictures), other(pictures), **CLOSE)

@@ -33,7 +33,7 @@ def samples() -> Samples:
 @pytest.fixture
 def fit(samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """fit(**settings): a run of a few steps in tmp_path/run, unless `out` says otherwise; its costs are not counted."""
-    monkeypatch.setattr(plan, "count_flops", lambda model, shape: 1_000_000)
+    monkeypatch.setattr(plan, "count_flops", lambda model: 1_000_000)
     monkeypatch.setattr(plan, "forecast_memory", lambda *_, **__: Memory(1, 2, 3, 4, 5))
     monkeypatch.setattr(plan, "matmul_peak", lambda device, precision: 1e9)
 

@@ -97,7 +97,8 @@ def _timm_export(config: BiTConfig, card: ModelCard) -> dict[str, dict[str, Any]
         need(config.trunk, "timm", **{f.name: getattr(TrunkConfig, f.name) for f in dataclasses.fields(TrunkConfig)[3:]})
         sizes = f"depths {config.trunk.depths} and widths {config.trunk.widths}"
         raise CheckpointError(f"timm names no BiT of {sizes}; it has {', '.join(VARIANTS)}; nearest: format='vitrail'")
-    return timm_files(known, config, card, {"in_chans": config.in_channels} if config.in_channels != 3 else {})
+    args = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
+    return timm_files(known, config, card, args, fixed_size=False)
 
 
 # transformers ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.config import ModelCard, Preprocess
 from vitrail.models.resnet import VARIANTS, ResNetConfig
@@ -68,9 +68,16 @@ def _tv_export(config: ResNetConfig, card: ModelCard) -> dict[str, dict[str, Any
     return {}
 
 
+def _tv_peer(config: ResNetConfig) -> nn.Module:
+    from torchvision.models import get_model
+
+    model: nn.Module = get_model(_known(config), weights=None, num_classes=config.num_classes)
+    return model
+
+
 def _timm_export(config: ResNetConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
     args = {"in_chans": config.in_channels} if config.in_channels != 3 else {}
-    return timm_files(_known(config), config, card, args)
+    return timm_files(_known(config), config, card, args, fixed_size=False)
 
 
 def _recognise(state: Mapping[str, Tensor]) -> bool:
@@ -78,6 +85,6 @@ def _recognise(state: Mapping[str, Tensor]) -> bool:
 
 
 SOURCES = (
-    Source("torchvision", "resnet", _recognise, _infer, _rules, _card, _tv_export),
+    Source("torchvision", "resnet", _recognise, _infer, _rules, _card, _tv_export, peer=_tv_peer),
     Source("timm", "resnet", _recognise, _infer, _rules, _card, _timm_export),
 )

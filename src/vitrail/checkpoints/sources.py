@@ -70,13 +70,15 @@ def timm_card(image_size: tuple[int, int], files: Files, default: Preprocess) ->
     return ModelCard(classes=_labels(config), preprocess=made, licence=str(settings.get("license", "") or ""))
 
 
-def timm_files(architecture: str, config: Any, card: ModelCard, model_args: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The config.json of timm's hub layout."""
+def timm_files(
+    architecture: str, config: Any, card: ModelCard, model_args: dict[str, Any], fixed_size: bool = True
+) -> dict[str, dict[str, Any]]:
+    """The config.json of timm's hub layout; a convolutional network has no fixed input size."""
     p = card.preprocess or Preprocess(image_size=config.image_size)
     settings = {
         "tag": "vitrail",
         "input_size": [config.in_channels, *p.image_size],
-        "fixed_input_size": True,
+        "fixed_input_size": fixed_size,
         "interpolation": p.interpolation,
         "crop_pct": p.crop_fraction,
         "crop_mode": {"crop": "center", "stretch": "squash", "pad": "border"}[p.fit],

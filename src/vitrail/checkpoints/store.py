@@ -247,7 +247,7 @@ def _translate(source: Source, state: State, origin: Origin, hints: Mapping[str,
 def _hints(model: str) -> dict[str, Any]:
     """What a model's name tells that the shapes of its weights do not."""
     heads = getattr(MODELS.get(model), "heads", None)
-    return {"heads": heads} if heads else {}
+    return {"heads": heads} if isinstance(heads, int) else {}  # a pyramid's tables tell their heads
 
 
 def _registered(config: Any) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import PositionConfig, grid_side
@@ -311,6 +311,17 @@ def _tv_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
     return {}
 
 
+def _tv_peer(config: ViTConfig) -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    if config.image_size[0] != config.image_size[1] or config.patch[0] != config.patch[1]:
+        raise CheckpointError(f"torchvision's ViT takes squares, not {config.image_size} in patches of {config.patch}")
+    return VisionTransformer(
+        config.image_size[0], config.patch[0], config.depth, config.heads, config.width, config.mlp_dim,
+        num_classes=config.num_classes, representation_size=config.representation,
+    )  # fmt: skip
+
+
 def _is_timm(state: State) -> bool:
     patch = state.get("patch_embed.proj.weight")
     vit = patch is not None and patch.ndim == 4 and "blocks.0.attn.qkv.weight" in state
@@ -335,5 +346,5 @@ _GUESS = (
 SOURCES = (
     Source("timm", "vit", _is_timm, _timm_infer, timm_rules, _timm_card, _timm_export, guess=_GUESS),
     Source("transformers", "vit", _is_hf, _hf_infer, hf_rules, _hf_card, _hf_export, _hf_clean),
-    Source("torchvision", "vit", _is_tv, _tv_infer, _tv_rules, _tv_card, _tv_export, _tv_clean),
+    Source("torchvision", "vit", _is_tv, _tv_infer, _tv_rules, _tv_card, _tv_export, _tv_clean, peer=_tv_peer),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -86,8 +87,8 @@ _ROOTS = ("params/", "opt/target/", "target/", "img/")
 
 def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published pre-linen names: subtrees opened, layers under a scan unstacked, old places of the position table."""
-    for root in _ROOTS:
-        if any(key.startswith(root + "Transformer/") for key in state):
+    for root in _ROOTS:  # from the outside in: the image tower of SigLIP lies at params/img/
+        if any(key.startswith((root + "Transformer/", root + "img/Transformer/")) for key in state):
             state = {key.removeprefix(root): value for key, value in state.items() if key.startswith(root)}
     out: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -100,10 +101,20 @@ def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
         block = re.compile(r"(Transformer/encoderblock_\d+/)" + pattern + r"\b")
         out = {block.sub(rf"\g<1>{name}", key): value for key, value in out.items()}
     out = {("pos_embedding" if key == "Transformer/pos_embedding" else key): value for key, value in out.items()}
+    table = out.get("pos_embedding")
+    if table is not None and _has_class_row(table.shape[1]):  # big_vision's oldest tables: the class token's row comes first
+        out["pos_embedding"] = table[:, 1:]
+        if "cls" in out:
+            out["cls"] = out["cls"] + table[:, :1]
     if "probe" in out:  # a MAP head inlined at the top level
         inlined = ("probe", "MultiHeadDotProductAttention_0/", "LayerNorm_0/", "MlpBlock_0/")
         out = {f"MAPHead_0/{key}" if key.startswith(inlined) else key: value for key, value in out.items()}
     return out
+
+
+def _has_class_row(rows: int) -> bool:
+    """Whether a table has one row more than a square grid."""
+    return math.isqrt(rows) ** 2 != rows and math.isqrt(rows - 1) ** 2 == rows - 1
 
 
 def _infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list[str]]:

@@ -39,7 +39,8 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "data pack": Verb("data_pack", "write a pre-resized copy that trains faster"),
     },
     "Look up": {
-        "models": Verb("models", "list models with size and cost, or the settings of one"),
+        "models": Verb("models", "list models with size, cost and published weights, or the settings of one"),
+        "models show": Verb("models_show", "show one model: parts, cost, published weights, settings"),
         "bench": Verb("bench", "measure speed and memory of one model on this machine"),
         "doctor": Verb("doctor", "show versions, devices and decoders, and what is missing"),
         "completion": Verb("completion", "print a completion script for bash, zsh or fish"),
