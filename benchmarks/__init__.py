@@ -2,4 +2,4 @@
 
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle OpenMP threads that spin turn any other process into seconds of noise
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # idle OpenMP threads that spin turn any other process into seconds of noise

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 1 it failed, 2 it was asked for wrongly, 130 interrupted."""
     # OpenMP's idle threads spin by default; on a machine with anything else to do that makes small products ten times slower.
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is first imported
+        os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # read when torch is first imported
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_page())

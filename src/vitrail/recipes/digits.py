@@ -40,7 +40,13 @@ def digits() -> RunConfig:
         data_config=DataConfig(val_fraction=0.0),  # nothing is chosen while training: all 4,000 pictures are trained on
         input=InputConfig(image_size=(20, 20), channels=1),
         augment=AugmentConfig(
-            crop="none", hflip=0.0, affine_degrees=15.0, affine_translate=0.1, affine_scale=(0.85, 1.15), affine_shear=15.0
+            crop="none",
+            hflip=0.0,
+            affine_degrees=15.0,
+            affine_translate=0.1,
+            affine_scale=(0.85, 1.15),
+            affine_shear=15.0,
+            elastic=0.05,
         ),
         objective=ObjectiveConfig(label_smoothing=0.1),
         optim=OptimConfig(lr=2e-3, weight_decay=0.05, ema=0.999),
