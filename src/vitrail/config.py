@@ -21,6 +21,7 @@ import yaml
 T = TypeVar("T")
 Fit = Literal["crop", "pad", "stretch"]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
+Sampling = Literal["dense", "uniform", "segment"]
 
 
 class ConfigError(ValueError):
@@ -34,6 +35,9 @@ class Preprocess:
     image_size is (height, width) in pixels. `crop`: resize so that the picture covers image_size / crop_fraction, then cut
     the centre; `pad`: the whole picture, centred on a border of `pad_value` (0..255); `stretch`: both sides set
     independently. mean and std apply to pixel values scaled to 0..1, one entry per channel (or one for all).
+    frames is 0 for pictures. Of a video that many are taken, as `data.clips.clip_frames` says: by `dense` sampling every
+    `stride`-th frame of the file, or `fps` frames a second (0: go by stride); by `uniform` and `segment` sampling spread over
+    the whole video. Evaluation and prediction average `clips` x `crops` views, crops along the longer side.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -44,6 +48,12 @@ class Preprocess:
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
     pad_value: int = 0
+    frames: int = 0
+    sampling: Sampling = "dense"
+    stride: int = 1
+    fps: float = 0.0
+    clips: int = 1
+    crops: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,9 @@ class DataConfig:
     label_column: str = ""  # of a table; by default recognised (label, class, target, ...)
     split_column: str = ""  # of a table; by default recognised (split, subset, ...)
     multi_label: bool = False  # several labels per picture
-    labels: str = ""  # embedded sets only: emoji "category" | "glyph"
+    media: Literal["auto", "pictures", "videos", "frames"] = "auto"  # what samples are; frames: a folder of pictures is a clip
+    frame_rate: float = 25.0  # frames per second of frame folders, which do not say
+    labels: str = ""  # emoji: "category" | "glyph"; a folder of any videos: "speed" (1x, 2x or 4x playback)
     hold_out: str = ""  # emoji only: the designer kept for testing
     bad_files: Literal["skip", "refuse"] = "skip"  # unreadable pictures: counted and named, then skipped or refused
     decode: Literal["auto", "exact", "scaled"] = "auto"  # auto: DCT-scaled while training, exact otherwise
@@ -94,6 +106,12 @@ class InputConfig:
     interpolation: Interpolation | None = None  # of resizing, with antialiasing
     mean: tuple[float, ...] | None = None  # subtracted from values in 0..1; one per channel, or one for all
     std: tuple[float, ...] | None = None  # divided by; one per channel, or one for all
+    frames: int | None = None  # of a clip, for models that take videos
+    sampling: Sampling | None = None  # dense: stride or fps; uniform, segment: spread over the whole video
+    stride: int | None = None  # every so many frames of the file one is taken (dense sampling)
+    fps: float | None = None  # frames taken per second of video instead, 0 = by stride (dense sampling)
+    clips: int | None = None  # of a video, spread over it, that evaluation and prediction average
+    crops: int | None = None  # of each clip, along its longer side, that evaluation and prediction average
 
 
 @dataclass(frozen=True)
@@ -170,7 +188,7 @@ class ScheduleConfig:
 class RunConfig:
     """One training run, complete: `RunConfig` and the data decide the result."""
 
-    data: str = ""  # a folder, table, tar shards, Arrow data set, or an embedded set: digits, emoji
+    data: str = ""  # a folder, table, tar shards, Arrow data set, or an embedded set: digits, emoji, motion
     model: str = "vit_tiny_patch16_224"  # a name that `vitrail models` lists
     init_from: str = ""  # run folder or checkpoint to start from; by default random weights
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model's own config, dotted names ("position.kind")
@@ -232,12 +250,10 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or cls.__name__}: expected a mapping of settings, got {type(values).__name__} ({values!r})")
-    made: dict[str, Any] = {}
-    for key, value in values.items():
+    for key in values:
         if key not in names:
             raise unknown("setting", f"{where}{key}", [f"{where}{name}" for name in names])
-        made[key] = convert(hints[key], value, f"{where}{key}")
-    return cls(**made)
+    return cls(**{key: convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
 
 
 def convert(kind: Any, value: Any, where: str) -> Any:
@@ -250,13 +266,10 @@ def convert(kind: Any, value: Any, where: str) -> Any:
             return None
         return _first_that_fits([a for a in args if a is not type(None)], value, where)
     if origin is Literal:
-        if value in args:
-            return value
-        for option in args:  # "8" for Literal[8] from a command line
-            if isinstance(value, str) and str(option) == value:
-                return option
-        options = [str(option) for option in args]
-        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(options)} (nearest: {nearest(str(value), options)[0]})")
+        named = {str(option): option for option in args}  # "8" for Literal[8] from a command line
+        if value in args or (isinstance(value, str) and value in named):
+            return value if value in args else named[value]
+        raise ConfigError(f"{where}: {value!r} is not one of {', '.join(named)} (nearest: {nearest(str(value), named)[0]})")
     if dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else from_dict(kind, value, f"{where}.")  # type: ignore[arg-type]
     if origin is tuple:
@@ -295,8 +308,6 @@ def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
 def _convert_scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is bool:
         words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-        if isinstance(value, bool):
-            return value
         if str(value).lower() in words:
             return words[str(value).lower()]
         raise ConfigError(f"{where}: expected true or false, got {value!r}")
@@ -351,11 +362,9 @@ def replace_flat(config: T, changes: Mapping[str, Any]) -> T:
     names = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
     sections = {name: getattr(config, name) for name in names if dataclasses.is_dataclass(getattr(config, name))}
     owner = {f.name: name for name, section in sections.items() for f in dataclasses.fields(section)}
-    made: dict[str, Any] = {}
     # `schedule` is a section and a field of it: text means the field.
     whole = {key for key, value in changes.items() if key in names and not (key in owner and isinstance(value, str))}
-    for key in whole:
-        made[key] = convert(hints[key], changes[key], key)
+    made: dict[str, Any] = {key: convert(hints[key], changes[key], key) for key in whole}
     for key, value in changes.items():
         if key in owner and key not in whole:
             name = owner[key]

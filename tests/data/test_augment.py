@@ -378,3 +378,19 @@ def test_on_a_gpu_the_same_happens() -> None:
     pictures = PICTURES.repeat(8, 1, 1, 1)
     ours, theirs = augment(pictures, keys(48), 0), augment(pictures.cuda(), keys(48), 0).cpu()
     assert (ours.int() - theirs.int()).abs().float().mean() < 0.05
+
+
+def test_frames_of_a_clip_share_what_is_drawn() -> None:
+    """A clip of one still picture stays still under everything, and is augmented as the picture alone would be."""
+    images = torch.from_numpy(np.stack([photo(24, 32, seed) for seed in range(4)])).permute(0, 3, 1, 2)
+    clips = images[:, :, None].expand(-1, -1, 5, -1, -1)
+    keys = torch.tensor([[2, index] for index in range(4)])
+    augment = DeviceAugment(
+        AugmentConfig(
+            hflip=0.5, vflip=0.5, affine_degrees=20, randaugment_ops=2, three_augment=True, color_jitter=0.4, erasing=1.0
+        )
+    )
+    moved, alone = augment(clips, keys, 3), augment(images, keys, 3)
+    assert moved.shape == clips.shape
+    assert all(torch.equal(moved[:, :, at], alone) for at in range(5))
+    assert not torch.equal(alone, images)

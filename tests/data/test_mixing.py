@@ -117,3 +117,14 @@ def test_nothing_to_mix(count: int) -> None:
     images, targets = run(IMAGES[:count], ONE_HOT[:count], **settings)
     assert torch.equal(images, IMAGES[:count])
     assert torch.equal(targets, ONE_HOT[:count])
+
+
+def test_clips_are_mixed_frame_by_frame_alike() -> None:
+    images, targets = torch.rand(6, 3, 8, 10), torch.eye(6)
+    clips = images[:, :, None].expand(-1, -1, 4, -1, -1)
+    for augment in (AugmentConfig(mixup=0.4), AugmentConfig(cutmix=1.0), AugmentConfig(mixup=0.4, cutmix=1.0)):
+        alone, soft = mix_batch(images, targets, augment, torch.Generator().manual_seed(5))
+        mixed, same = mix_batch(clips, targets, augment, torch.Generator().manual_seed(5))
+        assert torch.equal(soft, same)
+        assert all(torch.equal(mixed[:, :, at], alone) for at in range(4))
+        assert not torch.equal(alone, images)

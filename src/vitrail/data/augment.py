@@ -99,10 +99,19 @@ class DeviceAugment(nn.Module):
         )
         self.stages = [stage for stage, wanted in stages if wanted]
 
-    def forward(self, images: UInt8[Tensor, "b c h w"], keys: Int64[Tensor, "b 2"], seed: int) -> UInt8[Tensor, "b c h w"]:
-        """keys: (epoch or copy, sample index) of each picture, best kept on the CPU. The input is left as it is."""
+    def forward(
+        self, images: UInt8[Tensor, "b c *t h w"], keys: Int64[Tensor, "b 2"], seed: int
+    ) -> UInt8[Tensor, "b c *t h w"]:
+        """keys: (epoch or copy, sample index) of each sample, best kept on the CPU. The input is left as it is.
+
+        All frames of a clip share what is drawn: they are worked on as pictures of one key.
+        """
         if not self.stages:
             return images
+        if images.ndim == 5:
+            frames = images.shape[2]
+            pictures = self(images.transpose(1, 2).flatten(0, 1), keys.repeat_interleave(frames, 0), seed)
+            return pictures.unflatten(0, (-1, frames)).transpose(1, 2)
         result, rows = torch.empty_like(images, memory_format=torch.contiguous_format), keys.cpu().numpy()
         if images.device.type != "cpu" or torch.get_num_threads() == 1:
             self._augment(images, result, rows, seed)

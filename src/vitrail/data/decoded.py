@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from vitrail.config import Preprocess
+from vitrail.data.clips import view_count
 from vitrail.data.images import DecodeMode, decode_image
 from vitrail.data.samples import ImageDataset
 from vitrail.data.transforms import decode_for_eval
@@ -26,14 +28,14 @@ _AHEAD = 8  # pictures in flight for each core
 
 @dataclass(frozen=True)
 class FittedPictures:
-    """Pictures as the model will see them. pixels: uint8 (n, h, w, c); reasons: position -> why it could not be read."""
+    """Pictures or clips as the model will see them. pixels: as `empty_fitted`; reasons: position -> why it is not readable."""
 
     pixels: Tensor
     reasons: dict[int, str]
 
-    def take(self, positions: Tensor) -> UInt8[Tensor, "b c h w"]:
-        """The pictures at `positions`, channels innermost in memory."""
-        return self.pixels[positions].permute(0, 3, 1, 2)
+    def take(self, positions: Tensor) -> UInt8[Tensor, "b c *t h w"]:
+        """The pictures at `positions`, or the views of the videos there one after the other; channels innermost in memory."""
+        return as_batch(self.pixels[positions])
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,31 @@ class WholePictures:
 
 
 def fitted_bytes(number: int, preprocess: Preprocess) -> int:
-    """Memory that `number` pictures take at the model's input size."""
-    return number * preprocess.channels * preprocess.image_size[0] * preprocess.image_size[1]
+    """Memory that `number` pictures, or the views of as many videos, take at the model's input size."""
+    return number * math.prod(_fitted_shape(preprocess))
 
 
 def empty_fitted(number: int, preprocess: Preprocess) -> Tensor:
-    """Room for `number` pictures, uint8 (n, h, w, c)."""
-    return torch.empty((number, *preprocess.image_size, preprocess.channels), dtype=torch.uint8)
+    """Room for `number` pictures, uint8 (n, h, w, c), or for the views of as many videos, uint8 (n, v, t, h, w, c)."""
+    return torch.empty((number, *_fitted_shape(preprocess)), dtype=torch.uint8)
+
+
+def as_batch(pixels: UInt8[Tensor, "n *vt h w c"]) -> UInt8[Tensor, "b c *t h w"]:
+    """What `empty_fitted` made room for as a model takes it; a view."""
+    return (pixels if pixels.ndim == 4 else pixels.flatten(0, 1)).movedim(-1, 1)
+
+
+def _fitted_shape(preprocess: Preprocess) -> tuple[int, ...]:
+    frames = (view_count(preprocess), preprocess.frames) if preprocess.frames else ()
+    return (*frames, *preprocess.image_size, preprocess.channels)
 
 
 def keep_fitted(dataset: ImageDataset, preprocess: Preprocess, mode: DecodeMode) -> FittedPictures | None:
-    """All pictures decoded and fitted, once per data set and preprocessing; None where they exceed `MEMORY_LIMIT`."""
+    """All pictures decoded and fitted, once per data set and preprocessing; None for videos and beyond `MEMORY_LIMIT`."""
     key = (preprocess, mode, 0, 1)
     if key not in dataset.pixels:
-        if dataset.store.random or fitted_bytes(len(dataset), preprocess) > MEMORY_LIMIT:
+        # A clip is cut at another time in every epoch.
+        if dataset.video or dataset.store.random or fitted_bytes(len(dataset), preprocess) > MEMORY_LIMIT:
             return None
         pixels = empty_fitted(len(dataset), preprocess)
 
@@ -83,9 +96,11 @@ def keep_fitted(dataset: ImageDataset, preprocess: Preprocess, mode: DecodeMode)
 
 
 def keep_whole(dataset: ImageDataset, channels: int) -> WholePictures | None:
-    """All pictures decoded at full size, once per data set; None where they exceed `MEMORY_LIMIT` or are no files."""
+    """All pictures decoded at full size, once per data set; None where they exceed `MEMORY_LIMIT` or are no pictures."""
     key = ("whole", channels)
     if key not in dataset.pixels:
+        if dataset.video:
+            return None
         areas = dataset.sizes().prod(1)
         if dataset.store.random or not len(areas) or len(dataset) * channels * areas.mean() > MEMORY_LIMIT:
             return None

@@ -52,7 +52,7 @@ def concat(listings: Sequence[Listing]) -> Listing:
         broken.update({start + row: reason for row, reason in listing.broken.items()})
         start += len(listing.names)
     return Listing(
-        store=ConcatStore([listing.store for listing in listings]),
+        store=_joined_stores(listings),
         names=[name for listing in listings for name in listing.names],
         labels=[label for listing in listings for label in listing.labels],
         splits=[split for listing in listings for split in listing.splits],
@@ -63,6 +63,13 @@ def concat(listings: Sequence[Listing]) -> Listing:
         ordered=any(listing.ordered for listing in listings),
         notes=tuple(dict.fromkeys(note for listing in listings for note in listing.notes)),
     )
+
+
+def _joined_stores(listings: Sequence[Listing]) -> Store:
+    try:
+        return ConcatStore([listing.store for listing in listings])
+    except ValueError as problem:
+        raise DataError(str(problem)) from None
 
 
 def _joined_keys(listings: Sequence[Listing]) -> Sequence[bytes] | None:

@@ -12,23 +12,28 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vitrail.config import AugmentConfig, ConfigError, Preprocess
+from vitrail.data.clips import check_clips, clip_for_train, clips_for_eval
 from vitrail.data.decoded import MEMORY_LIMIT as KEPT_LIMIT
 from vitrail.data.decoded import (
     FittedPictures,
     WholePictures,
+    as_batch,
     empty_fitted,
     fitted_bytes,
     keep_fitted,
     keep_whole,
 )
+from vitrail.data.footage import Footage
 from vitrail.data.images import DecodeMode
 from vitrail.data.order import Request, SampleOrder
 from vitrail.data.samples import DataError, ImageDataset
@@ -42,9 +47,10 @@ _TRIES = 1000  # unreadable samples in a row before training gives up
 class Batch(NamedTuple):
     """What a loader yields.
 
-    images: uint8 (b, c, h, w), channels innermost in memory. targets: int64 (b,), or float32 (b, k) with several labels.
-    indices: int64 (b,), of the samples in their data set. keys: int64 (b, 2), (epoch and copy, index), what augmentation
-    is drawn from. wait: seconds that the caller waited for this batch.
+    images: uint8 (b, c, h, w), or clips (b, c, t, h, w), channels innermost in memory; in evaluation of videos the `clips` x
+    `crops` views of a sample one after the other, so that there are that many times more of them than targets. targets:
+    int64 (b,), or float32 (b, k) with several labels. indices: int64 (b,), of the samples in their data set. keys: int64
+    (b, 2), (epoch and copy, index), what augmentation is drawn from. wait: seconds that the caller waited for this batch.
     """
 
     images: Tensor
@@ -58,7 +64,7 @@ Bad = list[tuple[str, str]]  # (name, reason) of the unreadable samples met on t
 
 
 class TrainLoader:
-    """Endless batches of augmented training pictures in an order that is a pure function of (seed, epoch, step).
+    """Endless batches of augmented training pictures or clips in an order that is a pure function of (seed, epoch, step).
 
     batch_size counts the pictures of one optimiser step over all ranks and `accumulate` micro-steps; every yielded batch
     has batch_size / (world * accumulate) of them (see `SampleOrder` for the order, `repeats` and the end of an epoch).
@@ -83,6 +89,8 @@ class TrainLoader:
         weights: np.ndarray | None = None,
         pin_memory: bool = False,
     ) -> None:
+        check_media(dataset, preprocess)
+        preprocess = replace(preprocess, clips=1, crops=1)
         if not len(dataset):
             raise DataError(f"no training samples; {dataset.bad.summary() or 'the split is empty'}")
         self.dataset, self.rank, self.pin_memory = dataset, rank, pin_memory
@@ -136,6 +144,7 @@ def eval_batches(
     samples it holds. A set that is small at the model's input size is decoded only the first time.
     Raises DataError at the first unreadable one if the data set's policy is to refuse.
     """
+    check_media(dataset, preprocess)
     if batch_size < 1:
         raise ConfigError(f"batch_size: {batch_size} is less than 1")
     shard = np.arange(rank, len(dataset), world)
@@ -155,7 +164,7 @@ def eval_batches(
     for batch in _load(_EvalFetch(dataset, preprocess, mode), requests, workers, dataset, False):
         if small:
             positions = (batch.indices - rank) // world
-            pixels[positions] = batch.images.permute(0, 2, 3, 1)
+            pixels[positions] = batch.images.movedim(1, -1).reshape(len(positions), *pixels.shape[1:])
             seen[positions.numpy()] = True
         if len(batch.indices):
             yield batch
@@ -180,6 +189,26 @@ def _kept_batches(dataset: ImageDataset, kept: FittedPictures, parts: list[np.nd
             yield batch._replace(wait=time.perf_counter() - start)
 
 
+def load_for_eval(
+    sample: Any, preprocess: Preprocess, mode: DecodeMode, max_pixels: int
+) -> UInt8[Tensor, "h w c"] | UInt8[Tensor, "v t h w c"]:
+    """A picture, or all views of a video, as the model will see them. Raises ImageError or VideoError with the reason."""
+    if isinstance(sample, Footage):
+        return clips_for_eval(sample, preprocess, max_pixels).movedim(1, -1)
+    return decode_for_eval(sample, preprocess, mode=mode, max_pixels=max_pixels).movedim(0, -1)
+
+
+def check_media(dataset: ImageDataset, preprocess: Preprocess) -> None:
+    """Raises ConfigError where videos meet a model of pictures, or the other way round, or where clips make no sense."""
+    if dataset.video != bool(preprocess.frames):
+        wanted = "clips of videos" if preprocess.frames else "pictures"
+        raise ConfigError(f"the model takes {wanted}, but the samples of the data set are {dataset.noun}s")
+    if dataset.video:
+        check_clips(preprocess)
+        if dataset.store.played_faster and preprocess.sampling != "dense":
+            raise ConfigError(f"{preprocess.sampling} sampling hides how fast a video is played; use sampling dense")
+
+
 class _EvalFetch(Dataset):
     """Loads the samples of a request that can be read."""
 
@@ -195,13 +224,12 @@ class _EvalFetch(Dataset):
             try:
                 with _seeded(self.dataset, 0, 0, index):
                     picture = self.dataset.read(index)
-                picture = decode_for_eval(picture, self.preprocess, mode=self.mode, max_pixels=self.dataset.max_pixels)
+                images[len(fine)] = load_for_eval(picture, self.preprocess, self.mode, self.dataset.max_pixels)
             except (OSError, ValueError) as problem:
                 bad.append((self.dataset.names(index), str(problem)))
                 continue
-            images[len(fine)] = picture.permute(1, 2, 0)
             fine.append(at)
-        return _assemble(self.dataset, images[: len(fine)].permute(0, 3, 1, 2), indices[fine], keys[fine]), bad
+        return _assemble(self.dataset, as_batch(images[: len(fine)]), indices[fine], keys[fine]), bad
 
 
 class _TrainFetch(Dataset):
@@ -237,8 +265,8 @@ class _TrainFetch(Dataset):
             pixels = empty_fitted(len(indices), self.preprocess)
             for at, (first, index) in enumerate(keys.tolist()):
                 indices[at], picture = self._picture(first, index, bad)
-                pixels[at] = picture.permute(1, 2, 0)
-            images = pixels.permute(0, 3, 1, 2)
+                pixels[at] = picture.movedim(0, -1)
+            images = as_batch(pixels)
         keys[:, 1] = indices
         return _assemble(self.dataset, images, indices, keys), bad
 
@@ -249,9 +277,10 @@ class _TrainFetch(Dataset):
                 with _seeded(self.dataset, self.seed, first, index):
                     picture = (self.kept or self.dataset).read(index)  # type: ignore[union-attr]
                 generator = torch.Generator().manual_seed(_number(self.seed, first, index))
-                return index, decode_for_train(
-                    picture, self.preprocess, self.augment, generator, mode=self.mode, max_pixels=self.dataset.max_pixels
-                )
+                limit = self.dataset.max_pixels
+                if isinstance(picture, Footage):
+                    return index, clip_for_train(picture, self.preprocess, self.augment, generator, limit)
+                return index, decode_for_train(picture, self.preprocess, self.augment, generator, self.mode, limit)
             except (OSError, ValueError) as problem:
                 self.unreadable[index] = str(problem)
         raise DataError(_hopeless(self.dataset, self.unreadable))

@@ -11,16 +11,16 @@ from vitrail.config import AugmentConfig
 
 
 def mix_batch(
-    images: Float[Tensor, "b c h w"], targets: Float[Tensor, "b k"], augment: AugmentConfig, generator: torch.Generator
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
-    """Mix every picture with another one of the batch, by mixup or CutMix, each with its own share.
+    images: Float[Tensor, "b c *t h w"], targets: Float[Tensor, "b k"], augment: AugmentConfig, generator: torch.Generator
+) -> tuple[Float[Tensor, "b c *t h w"], Float[Tensor, "b k"]]:
+    """Mix every picture with another one of the batch, by mixup or CutMix, each with its own share; clips frame by frame alike.
 
     targets: one-hot, smoothed or multi-label rows; they are averaged by the share of each picture. A picture is mixed with
     probability mix_probability, by CutMix with probability mix_switch where both are on; its share is drawn from
     Beta(alpha, alpha). Everything is decided by `generator`. Nothing happens with both alphas 0 or a single picture.
     Sources: mixup, Zhang et al. 2017; CutMix, Yun et al. 2019, algorithm A1.
     """
-    count, _, height, width = images.shape
+    count, (height, width) = len(images), images.shape[-2:]
     if count < 2 or not (augment.mixup or augment.cutmix):
         return images, targets
     rng = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device)))
@@ -37,17 +37,17 @@ def mix_batch(
 
 
 def mix(
-    images: Float[Tensor, "b c h w"],
+    images: Float[Tensor, "b c *t h w"],
     targets: Float[Tensor, "b k"],
     partners: Int64[Tensor, " b"],
     shares: Float64[np.ndarray, " b"],
     boxes: Int64[np.ndarray, "b 4"],
-) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b k"]]:
+) -> tuple[Float[Tensor, "b c *t h w"], Float[Tensor, "b k"]]:
     """Sample i takes box i (top, bottom, left, right) from sample `partners[i]`; where that is empty, the two are blended.
 
     shares: the part of each sample that stays its own, 0..1, in the picture and in the target.
     """
-    height, width = images.shape[2:]
+    height, width = images.shape[-2:]
     top, bottom, left, right = torch.from_numpy(boxes).to(images.device)[:, :, None, None].unbind(1)
     y = torch.arange(height, device=images.device)[:, None]
     x = torch.arange(width, device=images.device)
@@ -56,7 +56,8 @@ def mix(
     pasted = (bottom > top) & (right > left)
     weight = torch.where(pasted, (~inside).to(images.dtype), own)
     own = own[:, 0].to(targets.dtype)
-    return torch.lerp(images[partners], images, weight[:, None]), torch.lerp(targets[partners], targets, own)
+    weight = weight.view(len(images), *[1] * (images.ndim - 3), *weight.shape[1:])
+    return torch.lerp(images[partners], images, weight), torch.lerp(targets[partners], targets, own)
 
 
 def cut_boxes(rng: np.random.Generator, shares: Float64[np.ndarray, " b"], size: tuple[int, int]) -> Int64[np.ndarray, "b 4"]:

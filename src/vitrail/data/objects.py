@@ -12,13 +12,15 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset
 
 from vitrail.data.listing import Listing, label_names
 from vitrail.data.samples import DataError
-from vitrail.data.stores import ObjectStore, PathStore
+from vitrail.data.stores import FootageStore, ObjectStore, PathStore, Store
+from vitrail.data.video import is_video_name
 
 
 def read_objects(source: Any) -> Listing:
     """List a collection that has a length and yields (picture, label) by number; its order is kept.
 
-    picture: a path, encoded bytes, a PIL image, an array (h, w[, c]) or a tensor (c, h, w), uint8 or float in 0..1.
+    picture: a path, encoded bytes, a PIL image, an array (h, w[, c]) or a tensor (c, h, w), uint8 or float in 0..1; or all of
+    them are paths of videos.
     label: text, a whole number, a list of those, or for several labels a float or bool vector of zeros and ones.
     Labels are taken from the collection's `targets` or `labels`, and class names from `classes`, where it has them; else
     every item is loaded once. Raises DataError for other kinds.
@@ -37,7 +39,11 @@ def read_objects(source: Any) -> Listing:
     several = any(_is_vector(value) or isinstance(value, (list, tuple)) for value in values)
     labels = [_label(value, classes) for value in values]
     names = [path for path in paths if path is not None]
-    store: ObjectStore | PathStore = PathStore("", names) if len(names) == len(source) else ObjectStore(source)
+    store: Store = PathStore("", names) if len(names) == len(source) else ObjectStore(source)
+    if isinstance(store, PathStore) and any(map(is_video_name, names)):
+        if not all(map(is_video_name, names)):
+            raise DataError("some paths of the list are videos, others are not; hand over a list of each")
+        store = FootageStore(store)
     if isinstance(store, ObjectStore):
         names = [f"{row:08d}" for row in range(len(source))]
     splits = [""] * len(names)

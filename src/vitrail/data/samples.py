@@ -1,4 +1,4 @@
-"""Labelled pictures as one map-style dataset over an index, and what happens to files that cannot be read."""
+"""Labelled pictures or videos as one map-style dataset over an index, and what happens to files that cannot be read."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from vitrail.config import ConfigError
-from vitrail.data.images import image_size
-from vitrail.data.stores import Picture, Store
+from vitrail.data.footage import media_size
+from vitrail.data.stores import Store
 
 BadPolicy = Literal["skip", "refuse"]
 
@@ -29,14 +29,14 @@ class BadFiles:
     the first one raises DataError.
     """
 
-    def __init__(self, policy: BadPolicy = "skip") -> None:
-        self.policy = policy
+    def __init__(self, policy: BadPolicy = "skip", noun: str = "picture") -> None:
+        self.policy, self.noun = policy, noun
         self._reasons: dict[str, str] = {}
 
     def add(self, name: str, reason: str) -> None:
         """Record one unreadable picture. Raises DataError under the policy "refuse"."""
         if self.policy == "refuse":
-            raise DataError(f"{name}: {reason} (set bad_files to skip to leave such pictures out)")
+            raise DataError(f"{name}: {reason} (set bad_files to skip to leave such {self.noun}s out)")
         self._reasons.setdefault(name, reason)
 
     def __len__(self) -> int:
@@ -52,11 +52,11 @@ class BadFiles:
             return ""
         named = "; ".join(f"{name}: {reason}" for name, reason in list(self)[:limit])
         more = f"; and {len(self) - limit} more" if len(self) > limit else ""
-        return f"{count(len(self), 'unreadable picture')} skipped ({named}{more})"
+        return f"{count(len(self), f'unreadable {self.noun}')} skipped ({named}{more})"
 
 
 class ImageDataset:
-    """Labelled pictures in a fixed order.
+    """Labelled pictures, or videos, in a fixed order.
 
     targets: int64 (n,), or float32 (n, k) of zeros and ones when `multi_label`. classes: k names. Nothing is decoded
     until a loader asks. Safe to pickle and to use from several processes.
@@ -80,7 +80,7 @@ class ImageDataset:
         self.classes = tuple(classes)
         self.multi_label = multi_label
         self.max_pixels = max_pixels
-        self.bad = BadFiles(bad_files)
+        self.bad = BadFiles(bad_files, self.noun)
         self.pixels: dict[Any, Any] = {}  # decoded pictures of a small set, kept by the loaders; never pickled
         self._sizes: dict[int, np.ndarray] = {}
         self._names = names if isinstance(names, pa.Array) else pa.array(names, pa.string())
@@ -90,8 +90,18 @@ class ImageDataset:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, index: int) -> Picture:
-        """The raw picture: encoded bytes, a path, or pixels. Raises OSError or ValueError when it cannot be read."""
+    @property
+    def video(self) -> bool:
+        """Whether samples are videos, and `read` gives `Footage`."""
+        return self.store.video
+
+    @property
+    def noun(self) -> str:
+        """What a sample is called."""
+        return "video" if self.video else "picture"
+
+    def read(self, index: int) -> Any:
+        """The raw sample: encoded bytes, a path, or pixels; `Footage` of a video. Raises OSError or ValueError."""
         return self.store.read(int(self.rows[index]))
 
     def names(self, index: int) -> str:
@@ -109,12 +119,16 @@ class ImageDataset:
         return np.bincount(self.targets, minlength=len(self.classes))
 
     def sizes(self, limit: int = 64) -> np.ndarray:
-        """int64 (m, 2): height and width of up to `limit` readable pictures, evenly spaced over the set, from headers only."""
+        """int64 (m, 2): height and width of up to `limit` readable pictures, evenly spaced over the set, from headers only.
+
+        Of videos, which take longer to open, an eighth of the limit.
+        """
+        limit = max(limit // 8, 1) if self.video else limit
         if limit not in self._sizes:
             found = []
             for index in np.unique(np.linspace(0, len(self) - 1, min(limit, len(self))).astype(int)):
                 with suppress(OSError, ValueError):  # a loader will name what is unreadable
-                    found.append(image_size(self.read(int(index))))
+                    found.append(media_size(self.read(int(index))))
             self._sizes[limit] = np.array(found, np.int64).reshape(-1, 2)
         return self._sizes[limit]
 

@@ -138,7 +138,8 @@ def _cut(
     notes.append(f"{int(held.sum()):,} of {len(train):,} training samples held out for validation, by content")
     if without and targets.ndim == 1:
         lone = _some([classes[target] for target in without])
-        notes.append(f"no validation sample of {count(len(without), 'class')} with one picture: {lone}")
+        noun = "video" if listing.store.video else "picture"
+        notes.append(f"no validation sample of {count(len(without), 'class')} with one {noun}: {lone}")
     return train[~held], train[held] if held.any() else None
 
 
@@ -180,5 +181,5 @@ def _count_notes(data: Data) -> list[str]:
     if unseen:
         notes.append(f"{count(len(unseen), 'class')} without training samples: {_some(unseen)}")
     if single:
-        notes.append(f"{count(len(single), 'class')} with a single training picture: {_some(single)}")
+        notes.append(f"{count(len(single), 'class')} with a single training {data.train.noun}: {_some(single)}")
     return notes

@@ -17,7 +17,7 @@ import re
 import tarfile
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,8 +28,9 @@ from vitrail.config import DataConfig, unknown
 from vitrail.data.listing import Listing, is_picture_name, label_names
 from vitrail.data.samples import DataError, count
 from vitrail.data.splits import role_in_name, role_of
-from vitrail.data.stores import Store
+from vitrail.data.stores import FootageStore, Store
 from vitrail.data.tables import LABEL_COLUMNS
+from vitrail.data.video import is_video_name
 
 INDEX_VERSION = 1
 LABEL_FIELDS = ("cls", "label", "labels", "json", "txt")
@@ -93,10 +94,12 @@ def read_shards(paths: Sequence[Path], config: DataConfig) -> Listing:
     broken: dict[int, str] = {}
     no_picture: list[str] = []
     indices = [shard_index(path) for path in paths]
+    videos = _holds_videos(indices, config, paths[0])
+    is_sample = is_video_name if videos else is_picture_name
     for number, (path, index) in enumerate(zip(paths, indices, strict=True)):
         shard_split = role_in_name(path.name) or (path.parent.name if role_of(path.parent.name) else "")
         for key, fields in index["samples"].items():
-            image = _image_field(key, fields, config, path)
+            image = _image_field(key, fields, config, path, is_sample)
             if image is None:
                 no_picture.append(key)
                 continue
@@ -115,7 +118,19 @@ def read_shards(paths: Sequence[Path], config: DataConfig) -> Listing:
     if several or config.multi_label:
         labels = [() if label is None else label for label in labels]
     notes = _notes(paths, indices, no_picture)
-    return Listing(ShardStore(paths, np.array(places)), names, labels, splits, several, broken=broken, notes=notes)
+    members = ShardStore(paths, np.array(places))
+    store = FootageStore(members) if videos else members
+    return Listing(store, names, labels, splits, several, broken=broken, notes=notes)
+
+
+def _holds_videos(indices: Sequence[dict[str, Any]], config: DataConfig, path: Path) -> bool:
+    """Whether samples are videos: what `media` says, else where there are videos and no picture."""
+    if config.media == "frames":
+        raise DataError(f"{path}: frames in tar shards are not supported; write each clip as a video")
+    if config.media != "auto":
+        return config.media == "videos"
+    members = ["." + name for index in indices for fields in index["samples"].values() for name in fields]
+    return any(map(is_video_name, members)) and not any(map(is_picture_name, members))
 
 
 def _notes(paths: Sequence[Path], indices: Sequence[dict[str, Any]], no_picture: Sequence[str]) -> tuple[str, ...]:
@@ -131,8 +146,10 @@ def _notes(paths: Sequence[Path], indices: Sequence[dict[str, Any]], no_picture:
     return tuple(notes)
 
 
-def _image_field(key: str, fields: dict[str, list[Any]], config: DataConfig, path: Path) -> str | None:
-    pictures = [name for name in fields if is_picture_name("." + name)]
+def _image_field(
+    key: str, fields: dict[str, list[Any]], config: DataConfig, path: Path, is_sample: Callable[[str], bool]
+) -> str | None:
+    pictures = [name for name in fields if is_sample("." + name)]
     if config.image_column and pictures:
         if config.image_column not in fields:
             raise DataError(f"{path}, sample {key}: {unknown('member', config.image_column, fields)}")

@@ -1,4 +1,4 @@
-"""One door to labelled pictures, wherever they come from: `open_data`."""
+"""One door to labelled pictures and videos, wherever they come from: `open_data`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from vitrail.data.objects import read_objects
 from vitrail.data.samples import Data, DataError
 from vitrail.data.settle import settle
 from vitrail.data.shards import expand_shards, read_shards
+from vitrail.data.speed import SPEED, read_speed
 from vitrail.data.splits import role_in_name
 from vitrail.data.tables import SUFFIXES as TABLES
 from vitrail.data.tables import read_table
 
 
 def open_data(source: Any, config: DataConfig | None = None, classes: Sequence[str] | None = None) -> Data:
-    """Open labelled pictures; nothing is decoded and nothing copied.
+    """Open labelled pictures or videos; nothing is decoded and nothing copied.
 
     source: an image folder (root/[split/]class/picture), a table (.csv, .tsv, .jsonl, .parquet) or a folder of tables called
     after their splits, tar shards (a folder, a path, or a pattern such as "train-{000..009}.tar"), an Arrow dataset folder,
-    "digits" or "emoji" (embedded); from Python also a list of (picture, label), a map-style torch Dataset of such pairs, a
-    `datasets.Dataset`, or a dictionary of those by split.
+    "digits", "emoji" or "motion" (embedded); from Python also a list of (picture, label), a map-style torch Dataset of such
+    pairs, a `datasets.Dataset`, or a dictionary of those by split. Folders, text tables, tables of paths, shards and lists of
+    paths may hold videos instead of pictures; `ImageDataset.video` says which it is.
 
     Samples come in one canonical order, whatever the source: by split, then class, then the last part of the sample's
     name without its ending, then its whole name, then its place in the source. The same pictures as a folder, a table,
@@ -50,8 +52,12 @@ def open_data(source: Any, config: DataConfig | None = None, classes: Sequence[s
 def _read(source: Any, config: DataConfig) -> tuple[Listing, str]:
     if isinstance(source, str) and source in EMBEDDED:
         return read_embedded(source, config), source
+    if config.labels == SPEED and isinstance(source, (str, os.PathLike)) and not config.hold_out:
+        return read_speed(Path(source).expanduser()), f"{Path(source).resolve().name}-speed"
     if config.labels or config.hold_out:
-        raise ConfigError(f"labels and hold_out are choices of the embedded emoji, not of {source!r}")
+        raise ConfigError(
+            f"labels and hold_out are choices of the embedded emoji (labels {SPEED}: of a folder of videos), not of {source!r}"
+        )
     if isinstance(source, (str, os.PathLike)):
         return _read_path(os.fspath(source), config)
     if isinstance(source, (list, tuple)) and source and all(isinstance(part, (str, os.PathLike)) for part in source):
@@ -91,9 +97,8 @@ def _read_directory(path: Path, config: DataConfig) -> Listing:
     if shards:
         return read_shards(shards, config)
     tables = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in TABLES)
-    wanted = tuple(name for name in (config.train_split, config.val_split) if name)
     if not tables:
-        return read_folder(path, wanted)
+        return read_folder(path, config)
     splits = [role_in_name(table.name) for table in tables]
     if all(splits):
         parts = [read_table(table, config) for table in tables]
@@ -101,7 +106,7 @@ def _read_directory(path: Path, config: DataConfig) -> Listing:
             [part if any(part.splits) else with_split(part, split) for part, split in zip(parts, splits, strict=True)]
         )
     try:
-        listing = read_folder(path, wanted)
+        listing = read_folder(path, config)
     except DataError:
         if len(tables) == 1:
             return read_table(tables[0], config)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.data.bands import to_uint8
+from vitrail.data.footage import Footage
 
 Picture: TypeAlias = bytes | str | Tensor | Image.Image  # encoded bytes, a path, or pixels (a uint8 tensor is (c, h, w))
 
@@ -29,12 +31,12 @@ def content_key(picture: Picture) -> bytes:
         try:
             return _file_key(picture)
         except OSError:
-            return _digest(0, b"", b"")
+            return digest(0)
     if isinstance(picture, Image.Image):
         picture = torch.from_numpy(np.array(picture))
     if isinstance(picture, Tensor):
         picture = picture.contiguous().numpy().tobytes()
-    return _digest(len(picture), picture[:_EDGE], picture[_EDGE:][-_EDGE:])
+    return digest(len(picture), picture[:_EDGE], picture[_EDGE:][-_EDGE:])
 
 
 def _file_key(path: str) -> bytes:
@@ -42,29 +44,33 @@ def _file_key(path: str) -> bytes:
         head = file.read(_EDGE)
         size = os.fstat(file.fileno()).st_size
         file.seek(max(size - _EDGE, len(head)))
-        return _digest(size, head, file.read(_EDGE))
+        return digest(size, head, file.read(_EDGE))
 
 
-def _digest(length: int, head: bytes, tail: bytes) -> bytes:
-    digest = hashlib.blake2b(length.to_bytes(8, "little"), digest_size=KEY_BYTES)
-    digest.update(head)
-    digest.update(tail)
-    return digest.digest()
+def digest(number: int, head: bytes = b"", tail: bytes = b"") -> bytes:
+    """16 bytes made of a number and some content."""
+    made = hashlib.blake2b(number.to_bytes(8, "little"), digest_size=KEY_BYTES)
+    made.update(head)
+    made.update(tail)
+    return made.digest()
 
 
 class Store:
     """Random access to raw pictures by row; rows never change. A store can be pickled, and read by processes and threads.
 
-    random: reading may draw from the global random generators, which a loader then seeds for every sample.
+    random: reading may draw from the global random generators, which a loader then seeds for every sample. video: what it
+    reads is `Footage`. played_faster: the speed of which is not always 1.
     """
 
     random = False
+    video = False
+    played_faster = False
 
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def read(self, row: int) -> Picture:
-        """The raw picture of one row. Raises OSError or ValueError when it cannot be read."""
+    def read(self, row: int) -> Any:
+        """The raw sample of one row, a `Picture` or `Footage`. Raises OSError or ValueError when it cannot be read."""
         raise NotImplementedError
 
     def key(self, row: int) -> bytes:
@@ -121,7 +127,7 @@ class ObjectStore(Store):
 
     def key(self, row: int) -> bytes:
         """Made from the row number."""
-        return _digest(row, b"", b"")
+        return digest(row)
 
 
 class ColumnStore(Store):
@@ -148,11 +154,84 @@ class ColumnStore(Store):
         return value
 
 
+class FootageStore(Store):
+    """The videos of another store, whole or in part. starts, ends: seconds (nan: the end); speeds: of playback."""
+
+    video = True
+
+    def __init__(
+        self,
+        files: Store,
+        starts: Sequence[float] | None = None,
+        ends: Sequence[float] | None = None,
+        speeds: Sequence[float] | None = None,
+    ) -> None:
+        self.files = files
+        number = len(files)
+        self.starts = np.zeros(number) if starts is None else np.asarray(starts, np.float64)
+        self.ends = np.full(number, np.nan) if ends is None else np.asarray(ends, np.float64)
+        self.speeds = np.ones(number) if speeds is None else np.asarray(speeds, np.float64)
+        self.played_faster = bool((self.speeds != 1).any())
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, row: int) -> Footage:
+        """Where the clip is cut from; the file is not opened."""
+        end = float(self.ends[row])
+        return Footage(
+            self.files.read(row), float(self.starts[row]), None if np.isnan(end) else end, speed=float(self.speeds[row])
+        )
+
+    def key(self, row: int) -> bytes:
+        """That of the whole file: parts of one video never fall on both sides of a split."""
+        return self.files.key(row)
+
+
+class FrameFolderStore(Store):
+    """Folders of pictures that are the frames of a clip, in the order of the numbers in their names."""
+
+    video = True
+
+    def __init__(self, root: str | Path, folders: Sequence[str], rate: float, is_frame: Callable[[str], bool]) -> None:
+        self.folders = PathStore(root, folders)
+        self.rate, self.is_frame = rate, is_frame
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def read(self, row: int) -> Footage:
+        """The paths of the frames. Raises OSError where there is no such folder, ValueError where it holds no picture."""
+        folder = self.folders.read(row)
+        names = [name for name in os.listdir(folder) if self.is_frame(name) and not name.startswith(".")]
+        if not names:
+            raise ValueError("a folder without pictures")
+        return Footage(tuple(os.path.join(folder, name) for name in sorted(names, key=_by_number)), rate=self.rate)
+
+    def key(self, row: int) -> bytes:
+        """From the first, middle and last frame and their number."""
+        try:
+            paths = self.read(row).source
+        except (OSError, ValueError):
+            return content_key(b"")
+        some = [content_key(str(paths[at])) for at in (0, len(paths) // 2, -1)]
+        return digest(len(paths), b"".join(some))
+
+
+def _by_number(name: str) -> tuple[list[int], str]:
+    """frame2 comes before frame10."""
+    return [int(digits) for digits in re.findall(r"\d+", name)], name
+
+
 class ConcatStore(Store):
-    """Several stores, one after the other."""
+    """Several stores, one after the other. Raises ValueError where some hold pictures and others videos."""
 
     def __init__(self, stores: Sequence[Store]) -> None:
         self.stores = tuple(stores)
+        self.video = any(store.video for store in stores)
+        self.played_faster = any(store.played_faster for store in stores)
+        if not all(store.video == self.video for store in stores):
+            raise ValueError("some parts of this source are pictures, others videos")
         self.random = any(store.random for store in stores)
         self.starts = np.cumsum([0] + [len(store) for store in stores]).tolist()
 
@@ -163,7 +242,7 @@ class ConcatStore(Store):
         part = bisect_right(self.starts, row) - 1
         return self.stores[part], row - self.starts[part]
 
-    def read(self, row: int) -> Picture:
+    def read(self, row: int) -> Any:
         """What the store that holds the row reads."""
         store, inner = self._find(row)
         return store.read(inner)

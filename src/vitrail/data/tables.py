@@ -1,4 +1,4 @@
-"""Tables of pictures: CSV, TSV, JSONL and Parquet, with one column of pictures and one of labels.
+"""Tables of pictures or videos: CSV, TSV, JSONL and Parquet, with one column of them and one of labels.
 
 Paths in a table are relative to the table's folder. Absolute paths and paths that lead out of that folder are allowed:
 a table is its owner's own statement of where the pictures lie. They are only ever opened as pictures, and noted.
@@ -20,13 +20,17 @@ from vitrail.config import DataConfig, unknown
 from vitrail.data.listing import Listing, is_picture_name, label_names
 from vitrail.data.parquet import ParquetStore
 from vitrail.data.samples import DataError, count
-from vitrail.data.stores import KEY_BYTES, PathStore
+from vitrail.data.stores import KEY_BYTES, FootageStore, FrameFolderStore, PathStore, Store
+from vitrail.data.video import is_video_name
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 IMAGE_COLUMNS = (
     "image", "path", "image_path", "file", "file_name", "filename", "filepath", "file_path", "img", "img_path", "picture",
+    "video", "video_path", "clip",
 )  # fmt: skip
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "classes", "category", "target", "tags")
+START_COLUMNS = ("start", "start_time", "start_seconds", "t_start")
+END_COLUMNS = ("end", "end_time", "end_seconds", "stop", "t_end")
 SPLIT_COLUMNS = ("split", "subset", "partition", "set")
 NAME_COLUMNS = ("name", *IMAGE_COLUMNS)
 KEY_COLUMN = "content_key"  # written by `pack_data`
@@ -44,9 +48,39 @@ def read_table(path: Path, config: DataConfig) -> Listing:
     paths = ["" if value is None else str(value).strip() for value in columns[image]]
     rest, more = label_columns(columns, len(paths), config, path)
     broken, outside = _missing_files(path, paths)
-    return Listing(
-        PathStore(path.parent, paths), paths, **rest, broken=broken, notes=(*notes, *more, *_outside_note(path, outside))
-    )
+    store, names, found = _store(path, paths, columns, config)
+    return Listing(store, names, **rest, broken=broken, notes=(*notes, *more, *found, *_outside_note(path, outside)))
+
+
+def _store(
+    path: Path, paths: list[str], columns: Mapping[str, Sequence[Any]], config: DataConfig
+) -> tuple[Store, list[str], list[str]]:
+    """What the paths of a table lead to, the names of its rows, and notes."""
+    files = PathStore(path.parent, paths)
+    if config.media == "frames":
+        return FrameFolderStore(path.parent, paths, config.frame_rate, is_picture_name), paths, []
+    videos = [is_video_name(name) for name in paths if name]
+    if config.media == "pictures" or not (any(videos) or config.media == "videos"):
+        return files, paths, []
+    if config.media == "auto" and not all(videos):
+        raise DataError(f"{path}: some rows are videos, others are not; write a table of each")
+    starts, ends = (_seconds(columns, usual, path) for usual in (START_COLUMNS, END_COLUMNS))
+    if starts is None and ends is None:
+        return FootageStore(files), paths, []
+    parts = [f"{name}@{start:g}" for name, start in zip(paths, starts or [0.0] * len(paths), strict=True)]
+    starts = None if starts is None else [0.0 if start != start else start for start in starts]
+    return FootageStore(files, starts, ends), parts, [f"{path.name}: parts of videos, in seconds"]
+
+
+def _seconds(columns: Mapping[str, Sequence[Any]], usual: Sequence[str], path: Path) -> list[float] | None:
+    """A column of times, nan where a cell is empty; None where there is no such column."""
+    found = _matches(columns, usual)
+    if not found:
+        return None
+    try:
+        return [float("nan") if value in (None, "") else float(value) for value in columns[found[0]]]
+    except (TypeError, ValueError) as problem:
+        raise DataError(f"{path}, column {found[0]!r}: expected seconds ({problem})") from None
 
 
 def label_columns(
@@ -101,7 +135,9 @@ def _matches(columns: Mapping[str, Any], usual: Sequence[str]) -> list[str]:
 
 def _holds_picture_paths(values: Sequence[Any]) -> bool:
     first = [value for value in values[:20] if value]
-    return bool(first) and all(isinstance(value, str) and is_picture_name(value.strip()) for value in first)
+    return bool(first) and all(
+        isinstance(value, str) and (is_picture_name(value.strip()) or is_video_name(value.strip())) for value in first
+    )
 
 
 def _read_delimited(path: Path) -> dict[str, list[Any]]:
@@ -162,8 +198,9 @@ def _read_parquet(path: Path, config: DataConfig) -> Listing:
     if not _holds_bytes(kind):
         paths = ["" if value is None else str(value) for value in columns[image]]
         broken, outside = _missing_files(path, paths)
-        notes += _outside_note(path, outside)
-        return Listing(PathStore(path.parent, paths), paths, **rest, broken=broken, notes=tuple(notes))
+        files, names, found = _store(path, paths, columns, config)
+        notes += [*found, *_outside_note(path, outside)]
+        return Listing(files, names, **rest, broken=broken, notes=tuple(notes))
     store = ParquetStore(path, image)
     notes += store.notes
     inner = store.inner_paths() if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else None
@@ -181,7 +218,7 @@ def _image_field(schema: pa.Schema, config: DataConfig, path: Path) -> str:
 def _light_columns(path: Path, schema: pa.Schema, asked: set[str]) -> dict[str, list[Any]]:
     """The columns without bytes; values only of those that are asked for or have a usual name."""
     light = [field.name for field in schema if not _holds_bytes(field.type)]
-    usual = {*LABEL_COLUMNS, *SPLIT_COLUMNS, *NAME_COLUMNS, KEY_COLUMN}
+    usual = {*LABEL_COLUMNS, *SPLIT_COLUMNS, *NAME_COLUMNS, *START_COLUMNS, *END_COLUMNS, KEY_COLUMN}
     wanted = [name for name in light if name in asked or name.strip().lower() in usual]
     table = pq.read_table(path, columns=wanted)
     return {name: table.column(name).to_pylist() if name in wanted else [] for name in light}

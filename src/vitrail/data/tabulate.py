@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vitrail.config import ConfigError
 from vitrail.data.decoded import for_each
 from vitrail.data.samples import Data, ImageDataset
 
@@ -38,9 +39,11 @@ def each_sample(
     """(split, index, what `work` returned, or why the picture is unreadable) for every sample of every split.
 
     Samples come in the order in which their source stores them; `work` runs in several threads. progress: a bar on stderr
-    where that is a terminal.
+    where that is a terminal. Raises ConfigError for videos.
     """
     splits = data.splits()
+    if any(dataset.video for dataset in splits.values()):
+        raise ConfigError(f"{data.name} holds videos; checking, measuring and packing are for pictures")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:

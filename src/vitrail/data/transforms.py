@@ -64,8 +64,13 @@ class Normalise(nn.Module):
 
 def resize_fit(image: UInt8[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "c H W"]:
     """The evaluation fit of one picture: the pixels of torchvision v2's Resize(antialias) with CenterCrop, pad, or neither."""
+    return frame_picture(resize_picture(image, preprocess), preprocess)
+
+
+def resize_picture(image: UInt8[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "c H W"]:
+    """The first half of `resize_fit`: the size from which the centre is cut, or that is put on a border."""
     resized = fitted_size((image.shape[1], image.shape[2]), preprocess)
-    return _frame(_resize(_channels_last(image), resized, preprocess.interpolation)[0], preprocess)
+    return _resize(_channels_last(image), resized, preprocess.interpolation)[0]
 
 
 def decode_for_eval(
@@ -77,7 +82,7 @@ def decode_for_eval(
     """
     image = open_image(data, channels=preprocess.channels, max_pixels=max_pixels)
     size, whole = fitted_size(image.size, preprocess), Box(0, 0, *image.size)
-    return _frame(_decode_part(image, whole, size, preprocess.interpolation, mode, rough=False), preprocess)
+    return frame_picture(_decode_part(image, whole, size, preprocess.interpolation, mode, rough=False), preprocess)
 
 
 def decode_for_train(
@@ -152,14 +157,18 @@ def fitted_size(size: tuple[int, int], preprocess: Preprocess) -> tuple[int, int
     return resized
 
 
-def _frame(image: UInt8[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "c H W"]:
-    """Cut the centre or centre on a border; nothing to do where the size is right."""
+def frame_picture(image: UInt8[Tensor, "c h w"], preprocess: Preprocess, place: float = 0.5) -> UInt8[Tensor, "c H W"]:
+    """Cut the centre or centre on a border; nothing to do where the size is right.
+
+    place: where along the longer side to cut instead, 0 (left or top) to 1 (right or bottom).
+    """
     height, width = image.shape[1:]
     out_h, out_w = preprocess.image_size
     if (height, width) == (out_h, out_w):
         return image
     if height >= out_h and width >= out_w:
-        top, left = round((height - out_h) / 2), round((width - out_w) / 2)
+        down, right = (place, 0.5) if height - out_h > width - out_w else (0.5, place)
+        top, left = round((height - out_h) * down), round((width - out_w) * right)
         return image[:, top : top + out_h, left : left + out_w]
     framed = _channels_last(image.new_full((image.shape[0], out_h, out_w), preprocess.pad_value))[0]
     top, left = (out_h - height) // 2, (out_w - width) // 2

@@ -15,11 +15,14 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def sample_cost(dataset: ImageDataset, preprocess: Preprocess, decoded: bool) -> float:
-    """Seconds of one core, roughly, to read, decode and fit one picture: enough to choose a number of processes."""
+    """Seconds of one core, roughly, to read, decode and fit one sample: enough to choose a number of processes."""
     if dataset.store.random:  # its own code runs: unknown, and looking would draw random numbers
         return 1e-3
     sizes = dataset.sizes()
     area = float(sizes.prod(1).mean()) if len(sizes) else 0.0
+    if dataset.video:  # more frames are decoded than taken: those between them, and those from where decoding may begin
+        each = 50e-6 + 10e-9 * preprocess.image_size[0] * preprocess.image_size[1] + 10e-9 * area
+        return 5e-3 + preprocess.frames * preprocess.clips * preprocess.stride * each
     fit = 80e-6 + 10e-9 * preprocess.image_size[0] * preprocess.image_size[1] + 2e-9 * area
     return fit if decoded else fit + 50e-6 + 8e-9 * area
 

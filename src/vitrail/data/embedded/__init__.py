@@ -1,4 +1,5 @@
-"""The data sets inside the package: `digits` (handwritten, grey, 20x20) and `emoji` (drawn by five designers, colour, 32x32).
+"""The data sets inside the package: `digits` (handwritten, grey, 20x20), `emoji` (drawn by five designers, colour, 32x32) and
+`motion` (videos: the emoji moving in eight ways).
 
 Sources and licences of the pictures lie beside them.
 """
@@ -15,10 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.config import ConfigError, DataConfig, unknown
+from vitrail.data.embedded.motion import read_motion
 from vitrail.data.listing import Listing
 from vitrail.data.stores import TensorStore
 
-NAMES = ("digits", "emoji")
+NAMES = ("digits", "emoji", "motion")
 EMOJI_LABELS = ("category", "glyph")
 DIGITS_PER_CLASS, DIGITS_HELD_OUT = 500, 100
 _FOLDER = Path(__file__).parent
@@ -30,6 +32,7 @@ def read_embedded(name: str, config: DataConfig) -> Listing:
     digits: 5,000 pictures, 500 a class; the last 100 of each class in file order are the test split.
     emoji: 7,150 pictures; `labels` "category" (8 classes, default) or "glyph" (one class per code point that two or more
     designers drew); `hold_out` names the designer whose drawings are the test split.
+    motion: 4,800 videos of 16 frames in 8 classes, 800 of them the test split, which shows other drawings.
     Raises ConfigError for settings that the set does not have.
     """
     if name not in NAMES:
@@ -38,7 +41,11 @@ def read_embedded(name: str, config: DataConfig) -> Listing:
         return _emoji(config)
     for setting, value in (("labels", config.labels), ("hold_out", config.hold_out)):
         if value:
-            raise ConfigError(f"{setting}: {value!r} was given, but digits has no such choice")
+            raise ConfigError(f"{setting}: {value!r} was given, but {name} has no such choice")
+    if name == "motion":
+        with open(_FOLDER / "emoji" / "emoji32.csv", encoding="utf-8", newline="") as file:
+            number = sum(1 for _ in csv.DictReader(file))
+        return read_motion(_cells(_FOLDER / "emoji" / "emoji32.webp", 32, number))
     images = _cells(_FOLDER / "digits" / "digits.png", 20, 5000)
     names, labels, splits = [], [], []
     for digit in range(10):
