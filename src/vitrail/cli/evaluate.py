@@ -32,7 +32,9 @@ class Arguments:
     out: str = ""  # write the JSON to this file as well
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"  # of products under autocast
-    batch_size: int = 64  # pictures at once
+    batch_size: int = 64  # pictures or clips at once
+    clips: int | None = None  # of a video, spread over it, that are averaged; unset: what the model's card says
+    crops: int | None = None  # of each clip, along its longer side, that are averaged
     data_config: Annotated[DataConfig, tyro.conf.arg(name="data")] = field(default_factory=DataConfig)
 
 
@@ -52,6 +54,8 @@ def run(words: Sequence[str]) -> None:
         device=arguments.device,
         precision=arguments.precision,
         batch_size=arguments.batch_size,
+        clips=arguments.clips,
+        crops=arguments.crops,
         **settings,
     )
     if arguments.out:

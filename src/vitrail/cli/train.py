@@ -37,7 +37,7 @@ class Arguments(RunConfig):
     """Train a model, evaluate it and write a report. `vitrail models` lists the models."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = ""
-    """A folder of class folders, a table, tar shards, an Arrow data set, or an embedded set: digits, emoji."""
+    """A folder of class folders, a table, tar shards, an Arrow data set, or an embedded set: digits, emoji, motion."""
     recipe: str = ""  # start from the settings of a measured recipe, such as digits
     config: str = ""  # start from the settings in a YAML or JSON file, such as a run's config.yaml
     resume: str = ""  # go on with the run in this directory; its own settings hold

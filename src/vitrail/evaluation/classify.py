@@ -18,6 +18,7 @@ from vitrail.checkpoints import load_model
 from vitrail.config import ConfigError, DataConfig, Preprocess, unknown
 from vitrail.cost import autocast, memory_format, pick_device, pick_precision
 from vitrail.data import Data, ImageDataset, eval_batches, open_data
+from vitrail.data.clips import average_views, view_count, with_views
 from vitrail.data.images import DecodeMode
 from vitrail.data.transforms import Normalise
 from vitrail.evaluation.metrics import Outputs, Report, classification_report
@@ -44,6 +45,8 @@ def predict_dataset(
 ) -> Outputs:
     """The model's scores of every readable sample, in the data set's order; pictures stream through, only scores are kept.
 
+    Of a video with several views the scores are the logarithms of the views' averaged probabilities (see `average_views`).
+
     The model runs where it is moved to, in eval mode, and gets its mode back. Of several processes each answers its share
     (`rank` of `world`). `progress` names the bar on stderr (plain lines where that is no terminal); None shows nothing.
     Raises DataError if no sample can be read.
@@ -52,23 +55,27 @@ def predict_dataset(
     layout, normalise = memory_format(model), Normalise(preprocess).to(device)
     model.to(device).eval()
     logits, targets, indices = [], [], []
+    views = view_count(preprocess)
     batches = eval_batches(
-        dataset, preprocess=preprocess, batch_size=batch_size, workers=workers, mode=decode, rank=rank, world=world
-    )
+        dataset, preprocess=preprocess, batch_size=max(batch_size // views, 1), workers=workers, mode=decode, rank=rank,
+        world=world,
+    )  # fmt: skip
     try:
         with _shown(progress, len(dataset) // world) as advance:
             for batch in batches:
-                images = normalise(batch.images.to(device, non_blocking=True)).contiguous(memory_format=layout)
-                with autocast(device, precision):
-                    scores = model(images)
-                logits.append(scores.float().cpu())
+                scores = []
+                for part in batch.images.split(batch_size):
+                    images = normalise(part.to(device, non_blocking=True)).contiguous(memory_format=layout)
+                    with autocast(device, precision):
+                        scores.append(model(images).float().cpu())
+                logits.append(average_views(torch.cat(scores), views, dataset.multi_label))
                 targets.append(batch.targets)
                 indices.append(batch.indices)
-                advance(len(images))
+                advance(len(batch.targets))
     finally:
         model.train(was_training)
     if not logits and world == 1:
-        raise ConfigError(f"none of the {len(dataset)} pictures could be read; {dataset.bad.summary()}")
+        raise ConfigError(f"none of the {len(dataset)} {dataset.noun}s could be read; {dataset.bad.summary()}")
     if not logits:  # more processes than samples
         nothing = torch.empty(0, dtype=torch.long)
         return Outputs(torch.empty(0, model.config.num_classes), torch.from_numpy(dataset.targets[:0]), nothing)
@@ -86,12 +93,15 @@ def evaluate(
     workers: int = -1,
     seed: int = 0,
     progress: bool = True,
+    clips: int | None = None,
+    crops: int | None = None,
     **settings: Any,
 ) -> Report:
     """How good a model (or the checkpoint, folder or run at a path) is on a data set, with 95 % intervals.
 
     data: anything a run takes (a path, the name of an embedded set, a torch Dataset, [(path, label), ...]) or opened `Data`;
     `settings` are fields of `DataConfig`. split: test, val or train; "" is test where there is one, then val, then train.
+    clips, crops: views of a video, in time and space, whose probabilities are averaged; by default what the model's card says.
     The classes must be those of the checkpoint: a data set that differs is refused and the difference named (ConfigError).
     Unreadable pictures are left out, counted and named in the report's notes, or refused with bad_files="refuse".
     """
@@ -105,8 +115,11 @@ def evaluate(
     _check_fit(model, opened)
     dataset, name = _choose(opened, split)
     preprocess = (card.preprocess if card else None) or Preprocess(
-        image_size=model.config.image_size, channels=model.config.in_channels
+        image_size=model.config.image_size,
+        channels=model.config.in_channels,
+        frames=model.input_shape[1] if model.takes_clips else 0,
     )
+    preprocess = with_views(preprocess, clips, crops)
     where = pick_device(device)
     outputs = predict_dataset(
         model,

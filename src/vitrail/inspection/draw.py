@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from jaxtyping import Float, UInt8
 from markupsafe import Markup
 from matplotlib.figure import Figure
@@ -183,6 +184,15 @@ def data_uri(picture: UInt8[Tensor, "c h w"] | Image.Image, side: int = 224) -> 
         image.convert("RGB").save(buffer, "JPEG", quality=86)
         kind = "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def still(sample: UInt8[Tensor, "c *t h w"]) -> UInt8[Tensor, "c H W"]:
+    """A picture as it is; of a clip four frames, spread over it, in reading order."""
+    if sample.ndim == 3:
+        return sample
+    chosen = torch.linspace(0, sample.shape[1] - 1, 4).round().long()
+    first, second, third, fourth = sample[:, chosen].unbind(1)
+    return torch.cat([torch.cat([first, second], 2), torch.cat([third, fourth], 2)], 1)
 
 
 def to_pil(picture: UInt8[Tensor, "c h w"]) -> Image.Image:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from vitrail.config import Preprocess
 from vitrail.data import ImageDataset
-from vitrail.data.transforms import Normalise, decode_for_eval
+from vitrail.data.decoded import as_batch
+from vitrail.data.loader import load_for_eval
+from vitrail.data.transforms import Normalise
 from vitrail.evaluation.metrics import LABEL_THRESHOLD, Outputs
 from vitrail.inspection import draw
 from vitrail.inspection.attention import AttentionView, NoSingleMapError, attention_distance, look
@@ -44,9 +46,11 @@ class Gallery:
         return max(self.preprocess.image_size) <= draw.SMALL_PICTURE
 
     def picture(self, row: int) -> UInt8[Tensor, "c h w"]:
-        """The picture as the model gets it, before normalisation."""
-        picture = self.dataset.read(int(self.outputs.indices[row]))
-        return decode_for_eval(picture, self.preprocess, max_pixels=self.dataset.max_pixels)
+        """The picture as the model gets it, before normalisation; of a video some frames of its first view, side by side."""
+        sample = load_for_eval(
+            self.dataset.read(int(self.outputs.indices[row])), self.preprocess, "exact", self.dataset.max_pixels
+        )
+        return draw.still(as_batch(sample[None])[0])
 
     def name(self, row: int) -> str:
         """The sample's name."""
@@ -56,7 +60,7 @@ class Gallery:
         """Let the data set know which of its pictures the answers lack, and why: nobody may have read it in this process."""
         for index in sorted(set(range(len(self.dataset))) - set(self.outputs.indices.tolist())):
             try:
-                decode_for_eval(self.dataset.read(index), self.preprocess, max_pixels=self.dataset.max_pixels)
+                load_for_eval(self.dataset.read(index), self.preprocess, "exact", self.dataset.max_pixels)
             except (OSError, ValueError) as problem:
                 self.dataset.bad.add(self.dataset.names(index), str(problem))
 
@@ -129,6 +133,8 @@ def _label_mistakes(gallery: Gallery) -> Context:
 
 def attention(model: Model, gallery: Gallery) -> Context:
     """Attention maps over some pictures and how far the heads look; for a model without attention, that it has none."""
+    if gallery.dataset.video:
+        return {"about": "Where a transformer looks when it answers.", "none": "Maps over clips are not drawn.", "cards": []}
     rows, chosen = _chosen(gallery)
     measured = np.unique(np.linspace(0, len(gallery.outputs.logits) - 1, MEASURED).astype(int)).tolist()
     try:

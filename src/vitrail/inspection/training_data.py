@@ -66,8 +66,11 @@ def augmented(data: Data, config: RunConfig, preprocess: Preprocess) -> Context:
         soft = batch.targets if data.multi_label else nn.functional.one_hot(batch.targets, classes).float()
         images, _ = mix_batch(images, soft, config.augment, torch.Generator().manual_seed(config.seed))
         about += " and mixing (partners drawn for this page)"
-    pixels = ((images - normalise.shift) / normalise.scale).round().clamp(0, 255).to(torch.uint8)[:SHOWN]
+    shift, scale = (v if images.ndim == 4 else v.unsqueeze(2) for v in (normalise.shift, normalise.scale))
+    pixels = ((images - shift) / scale).round().clamp(0, 255).to(torch.uint8)[:SHOWN]
     targets = batch.targets if data.multi_label else nn.functional.one_hot(batch.targets, len(data.classes))
     names = [", ".join(data.classes[c] for c in row.nonzero()[:, 0].tolist()) for row in targets[:SHOWN]]
-    shown = [{"uri": draw.data_uri(picture, 112), "label": name} for picture, name in zip(pixels, names, strict=True)]
+    shown = [
+        {"uri": draw.data_uri(draw.still(picture), 112), "label": name} for picture, name in zip(pixels, names, strict=True)
+    ]
     return {"augmented": shown, "augmented_about": f"The first {len(shown)} pictures of the first training step, {about}."}

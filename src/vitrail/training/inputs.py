@@ -13,7 +13,8 @@ from vitrail.data.transforms import Normalise
 
 
 class Inputs(nn.Module):
-    """Pictures (b, c, h, w) in float32 and targets, (b,) class numbers or (b, k) soft ones where pictures are mixed."""
+    """Pictures (b, c, h, w) or clips (b, c, t, h, w) in float32 and targets, (b,) class numbers or (b, k) soft ones where
+    samples are mixed."""
 
     def __init__(self, preprocess: Preprocess, augment: AugmentConfig, classes: int, seed: int, layout: torch.memory_format):
         super().__init__()

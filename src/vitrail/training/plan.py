@@ -142,7 +142,8 @@ def length_lines(job: Job, rehearsal: Rehearsal | None) -> tuple[str, ...]:
     if rehearsal is not None:
         step = rehearsal.step(job.config.accumulate)
         judging = total / every * len(job.data.val or ()) / job.ranks.world * rehearsal.picture
-        speed = f"{1000 * step:.3g} ms a step, {job.config.batch_size / step:,.0f} images/s"
+        what = "clips" if job.state.model.takes_clips else "images"
+        speed = f"{1000 * step:.3g} ms a step, {job.config.batch_size / step:,.0f} {what}/s"
         lines.append(_row("time", f"about {duration(total * step + judging)}: {speed}"))
     return tuple(lines)
 
@@ -179,7 +180,12 @@ def _describe_input(job: Job) -> str:
     p = job.card.preprocess
     assert p is not None
     sizes = job.loader.dataset.sizes()
-    seen = f"; pictures of about {np.median(sizes[:, 0]):.0f} x {np.median(sizes[:, 1]):.0f}" if len(sizes) else ""
+    noun = job.loader.dataset.noun
+    seen = f"; {noun}s of about {np.median(sizes[:, 0]):.0f} x {np.median(sizes[:, 1]):.0f}" if len(sizes) else ""
+    if p.frames:
+        pace = f"{p.fps:g} a second" if p.fps else f"every {p.stride}." if p.stride > 1 else "each"
+        taken = f"{p.frames} frames, {p.sampling}" + (f" ({pace})" if p.sampling == "dense" else "")
+        seen += f"; clips of {taken}; {p.clips} x {p.crops} views in evaluation"
     return f"{p.image_size[0]} x {p.image_size[1]} pixels, {p.channels} channels, fit {p.fit}{seen}"
 
 
@@ -187,7 +193,8 @@ def _describe_model(job: Job, flops: int) -> str:
     model, changed = job.state.model, job.config.overrides
     settings = f" ({', '.join(f'{name} {value}' for name, value in changed.items())})" if changed else ""
     size = f"{count_parameters(model) / 1e6:.3g} M parameters"
-    return f"{model.name or model.family}{settings}: {size}, {flops / 2e9:.3g} GMACs ({flops / 1e9:.3g} GFLOPs) a picture"
+    what = "clip" if model.takes_clips else "picture"
+    return f"{model.name or model.family}{settings}: {size}, {flops / 2e9:.3g} GMACs ({flops / 1e9:.3g} GFLOPs) a {what}"
 
 
 def _describe_memory(memory: Memory, available: int) -> str:

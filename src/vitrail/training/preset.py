@@ -140,8 +140,13 @@ def _why_not_to_flip(classes: tuple[str, ...]) -> str:
     """Mirroring changes what a sign, a letter or a side is."""
     if all(re.fullmatch(r"\d+|.", name) for name in classes):
         return "the classes are digits or single characters"
-    sided = [name for name in classes if re.search(r"(?i)\b(left|right)\b", name.replace("_", " "))]
-    return f"the class {sided[0]!r} names a side" if sided else ""
+    sided = side_in_names(classes)
+    return f"the class {sided!r} names a side" if sided else ""
+
+
+def side_in_names(classes: tuple[str, ...]) -> str:
+    """The first class that is called after a side, left or right; "" if none is."""
+    return next((name for name in classes if re.search(r"(?i)\b(left|right)\b", name.replace("_", " "))), "")
 
 
 def _choose_balance(choice: Choice, data: Data) -> None:

@@ -39,7 +39,7 @@ from .evaluators import Evaluator, SplitEvaluator
 from .inputs import Inputs
 from .objectives import Objective, build_objective, sampler_weights
 from .optim import build_ema, build_optimizer, scaled_lr
-from .preset import choose
+from .preset import choose, side_in_names
 from .state import MODEL, Progress, TrainState, newest_checkpoint
 
 CONFIG = "config.yaml"
@@ -84,7 +84,7 @@ def resolve(config: RunConfig | None, data: Any, settings: Mapping[str, Any], re
         path = Path(given.out or Path("runs") / _run_name(given, explicit, collection))
     if not (path / CONFIG).exists():
         if collection is None and not given.data:
-            raise ConfigError("no data was named: give a folder, a table, tar shards, or digits or emoji (embedded)")
+            raise ConfigError("no data was named: give a folder, a table, tar shards, or digits, emoji or motion (embedded)")
         given = dataclasses.replace(given, out=str(path))
         return Request(given, explicit, path, given.data if collection is None else collection)
     if not resume:
@@ -212,6 +212,9 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
     if config.preset == "auto" and not request.resumed:
         config, reasons = choose(config, request.explicit, data, ranks.device)
         notes += reasons
+    if reason := why_not_to_mirror(config, request.explicit, data):
+        config = replace_flat(config, {"hflip": 0.0})
+        notes += (reason,)
     torch.manual_seed(config.seed)
     model = _build_model(config, request.explicit, data)
     config = dataclasses.replace(config, model=model.name or config.model)
@@ -266,6 +269,8 @@ def _build_model(config: RunConfig, explicit: frozenset[str], data: Data) -> Mod
         changes["image_size"] = config.input.image_size
     if config.input.channels is not None:
         changes["in_channels"] = config.input.channels
+    if config.input.frames is not None:
+        changes["frames"] = config.input.frames
     if config.init_from:
         model = load_model(config.init_from, **changes)
         if config.model not in ("", model.name) and "model" in explicit:
@@ -275,7 +280,20 @@ def _build_model(config: RunConfig, explicit: frozenset[str], data: Data) -> Mod
         return model
     if config.model not in MODELS:
         raise unknown("model", config.model, MODELS)
+    if config.input.frames is not None and "frames" not in to_dict(MODELS[config.model]):
+        raise ConfigError(f"{config.model} takes pictures, so frames {config.input.frames} cannot be set")
     return build(replace_dotted(MODELS[config.model], changes), config.model)
+
+
+def why_not_to_mirror(config: RunConfig, explicit: frozenset[str], data: Data) -> str:
+    """Why flips are switched off, or "": mirroring would give samples of one side the label of the other.
+
+    Asking for it by name is respected.
+    """
+    sided = side_in_names(data.classes)
+    if not sided or "hflip" in explicit or not config.augment.hflip:
+        return ""
+    return f"no mirrored samples, because the class {sided!r} names a side; --hflip 0.5 mirrors all the same"
 
 
 def _preprocess(config: RunConfig, model: Model) -> Preprocess:
@@ -285,6 +303,7 @@ def _preprocess(config: RunConfig, model: Model) -> Preprocess:
         base = dataclasses.replace(base, mean=(fmean(base.mean),), std=(fmean(base.std),))
     wishes = {f.name: getattr(config.input, f.name) for f in dataclasses.fields(config.input)}
     wishes |= {"image_size": tuple(model.config.image_size), "channels": model.config.in_channels}
+    wishes["frames"] = model.input_shape[1] if model.takes_clips else 0
     return dataclasses.replace(base, **{name: value for name, value in wishes.items() if value is not None})
 
 
