@@ -1,4 +1,4 @@
-"""`vitrail predict`: what is in these pictures."""
+"""`vitrail predict`: what is in these pictures or videos."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from vitrail.config import ConfigError, DataConfig
 EXAMPLES = """\
 vitrail predict runs/photos-vit_tiny_patch16_224 holiday/                 all pictures in and below a folder
 vitrail predict runs/photos-vit_tiny_patch16_224 a.jpg 'b/**/*.png' --format csv > answers.csv
-find . -name '*.webp' | vitrail predict model.safetensors - --format jsonl --top 3"""
+find . -name '*.webp' | vitrail predict model.safetensors - --format jsonl --top 3
+vitrail predict runs/motion-vivit game.mp4 --window 2 --every 1 --format jsonl        every second, what the next two show"""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Answer pictures with a trained model; class names and preprocessing come from the model.
+    """Answer pictures or videos with a trained model; class names and preprocessing come from the model.
 
-    Pictures stream through: memory does not grow with their number. A file that cannot be read is answered with the reason.
+    They stream through: memory does not grow with their number, nor with the length of a video that is asked in windows. A file
+    that cannot be read is answered with the reason.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run directory, a checkpoint, or a folder with one."""
     files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILES...", help_behavior_hint="(required)")]
-    """Pictures, folders, patterns, or - for paths on stdin, one a line."""
+    """Pictures or videos, folders, patterns, or - for paths on stdin, one a line."""
     format: Literal["table", "jsonl", "csv"] = "table"  # table for eyes, JSON lines and CSV for programs
     top: int = 5  # answers per picture in jsonl and csv
     errors: Literal["keep", "raise"] = "keep"  # raise: stop at the first picture that cannot be read
@@ -36,7 +38,11 @@ class Arguments:
     max_pixels: int = DataConfig.max_pixels  # larger pictures are refused as decompression bombs
     device: str = "auto"  # auto, cpu, cuda, cuda:N, mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: the fast one of the device
-    batch_size: int = 32  # pictures at once
+    batch_size: int = 32  # pictures or clips at once
+    clips: int | None = None  # of a video, spread over it, that are averaged; unset: what the model's card says
+    crops: int | None = None  # of each clip, along its longer side, that are averaged
+    window: float = 0.0  # seconds: a video is answered for every such stretch, with its times; 0 = one answer
+    every: float = 0.0  # seconds from one window to the next, 0 = one after the other
     workers: int = -1  # decoding threads, -1 = one per core
 
 
@@ -57,8 +63,15 @@ def run(words: Sequence[str]) -> int:
         workers=arguments.workers,
         errors=arguments.errors,
         max_pixels=arguments.max_pixels,
+        clips=arguments.clips,
+        crops=arguments.crops,
+        window=arguments.window,
+        every=arguments.every,
     )
-    answered, failed = write_predictions(predictor.stream(arguments.files), arguments.format, sys.stdout)
+    answered, failed = write_predictions(
+        predictor.stream(arguments.files), arguments.format, sys.stdout, times=arguments.window > 0
+    )
     if failed:
-        print(f"{answered} pictures answered, {failed} could not be read", file=sys.stderr)
+        noun = "clips" if predictor.preprocess.frames else "pictures"
+        print(f"{answered} {noun} answered, {failed} could not be read", file=sys.stderr)
     return int(not answered)

@@ -1,11 +1,11 @@
-"""What a user may ask about: paths, folders, patterns, stdin and pictures in memory, one after the other."""
+"""What a user may ask about: paths, folders, patterns, stdin, pictures and videos in memory, one after the other."""
 
 from __future__ import annotations
 
 import glob
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,53 +13,74 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vitrail.data.footage import Footage, as_footage
 from vitrail.data.listing import PICTURE_SUFFIXES, is_picture_name
 from vitrail.data.stores import Picture, as_picture
+from vitrail.data.video import VIDEO_SUFFIXES, is_video_name
 
 Input: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
 STDIN = "-"
 
 
+class Kind(NamedTuple):
+    """What is looked for in folders and patterns."""
+
+    noun: str
+    named: Callable[[str], bool]
+    endings: frozenset[str]
+    common: tuple[str, ...]
+
+
+PICTURES = Kind("picture", is_picture_name, PICTURE_SUFFIXES, (".jpg", ".png", ".webp"))
+VIDEOS = Kind("video", is_video_name, VIDEO_SUFFIXES, (".mp4", ".mkv", ".webm"))
+
+
 class Asked(NamedTuple):
-    """One picture to answer: its name, and what to decode or why there is nothing."""
+    """One picture or video to answer: its name, and what to decode or why there is nothing."""
 
     name: str
-    picture: Picture | None
+    picture: Picture | Footage | None
     error: str = ""
 
 
-def expand(inputs: Input | Iterable[Input]) -> Iterator[Asked]:
-    """Every picture that `inputs` stand for, in order, found while it is asked for.
+def expand(inputs: Input | Iterable[Input], videos: bool = False) -> Iterator[Asked]:
+    """Every picture (or video) that `inputs` stand for, in order, found while it is asked for.
 
     A folder stands for the pictures in it and below, a pattern for the pictures it matches, both sorted by name; "-" for
     the paths on stdin, one a line. Pictures in memory are called #0, #1, ... by their place. A path that leads to nothing
     is answered with an error in its place.
     """
+    for asked in _expand(inputs, VIDEOS if videos else PICTURES):
+        path = asked.picture
+        yield asked._replace(picture=Footage(path)) if videos and isinstance(path, str) else asked
+
+
+def _expand(inputs: Input | Iterable[Input], kind: Kind) -> Iterator[Asked]:
     single = isinstance(inputs, (str, os.PathLike, bytes, Image.Image, np.ndarray, Tensor))
     for place, item in enumerate([inputs] if single else inputs):  # type: ignore[list-item, arg-type]
         if isinstance(item, (str, os.PathLike)):
-            yield from _paths(os.fspath(item))
+            yield from _paths(os.fspath(item), kind)
         else:
-            yield _in_memory(item, f"#{place}")
+            yield _in_memory(item, f"#{place}", kind)
 
 
-def _in_memory(item: Any, name: str) -> Asked:
+def _in_memory(item: Any, name: str, kind: Kind) -> Asked:
     try:
-        return Asked(name, as_picture(item))
+        return Asked(name, as_footage(item) if kind is VIDEOS else as_picture(item))
     except ValueError as problem:
         return Asked(name, None, str(problem))
 
 
-def _paths(text: str) -> Iterator[Asked]:
+def _paths(text: str, kind: Kind) -> Iterator[Asked]:
     if text == STDIN:
         for line in sys.stdin:
             if line.rstrip("\r\n"):
-                yield from _paths(line.rstrip("\r\n"))
+                yield from _paths(line.rstrip("\r\n"), kind)
     elif os.path.isdir(text):
-        yield from _found(_walk(text), text, f"a folder without pictures (files ending in {_endings()})")
+        yield from _found(_walk(text, kind), text, f"a folder without {kind.noun}s (files ending in {_endings(kind)})")
     elif glob.has_magic(text) and not os.path.lexists(text):
-        matches = sorted(path for path in glob.iglob(text, recursive=True) if not os.path.isdir(path) and is_picture_name(path))
-        yield from _found(iter(matches), text, "the pattern matches no picture")
+        matches = sorted(path for path in glob.iglob(text, recursive=True) if not os.path.isdir(path) and kind.named(path))
+        yield from _found(iter(matches), text, f"the pattern matches no {kind.noun}")
     elif os.path.exists(text):
         yield Asked(text, text)
     else:
@@ -75,14 +96,13 @@ def _found(paths: Iterator[str], asked: str, otherwise: str) -> Iterator[Asked]:
         yield Asked(asked, None, otherwise)
 
 
-def _walk(folder: str) -> Iterator[str]:
+def _walk(folder: str, kind: Kind) -> Iterator[str]:
     for here, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if is_picture_name(name) and not name.startswith("."):
+            if kind.named(name) and not name.startswith("."):
                 yield str(Path(here) / name)
 
 
-def _endings() -> str:
-    common = (".jpg", ".png", ".webp")
-    return f"{', '.join(common)} and {len(PICTURE_SUFFIXES) - len(common)} more"
+def _endings(kind: Kind) -> str:
+    return f"{', '.join(kind.common)} and {len(kind.endings) - len(kind.common)} more"

@@ -13,6 +13,7 @@ from vitrail.inference.predictor import Prediction
 
 FORMATS = ("table", "jsonl", "csv")
 COLUMNS = ("path", "label", "probability", "labels", "top", "error")
+TIMES = ("start", "end")  # only of videos asked in windows
 
 
 @runtime_checkable
@@ -23,17 +24,17 @@ class Writable(Protocol):
         """Append text."""
 
 
-def write_predictions(predictions: Iterable[Prediction], format: str, file: Writable) -> tuple[int, int]:
+def write_predictions(predictions: Iterable[Prediction], format: str, file: Writable, times: bool = False) -> tuple[int, int]:
     """Write predictions as they come; returns how many pictures were answered and how many could not be read.
 
     table: one aligned line per picture. jsonl: one object per line with the fields of `Prediction`. csv: the same columns, with
-    labels as a|b and top as a=0.9|b=0.1. Raises ConfigError for an unknown format.
+    labels as a|b and top as a=0.9|b=0.1; with `times` also start and end, in seconds. Raises ConfigError for an unknown format.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
     writer = csv.writer(file, lineterminator="\n")
     if format == "csv":
-        writer.writerow(COLUMNS)
+        writer.writerow((*COLUMNS, *TIMES) if times else COLUMNS)
     elif format == "table":
         file.write(f"{'probability':>11}  {'label':<24}  path\n")
     answered = failed = 0
@@ -41,7 +42,8 @@ def write_predictions(predictions: Iterable[Prediction], format: str, file: Writ
         failed += bool(prediction.error)
         answered += not prediction.error
         if format == "csv":
-            writer.writerow(_cells(prediction))
+            seconds = ["" if time is None else f"{time:.3f}" for time in (prediction.start, prediction.end)]
+            writer.writerow([*_cells(prediction), *(seconds if times else ())])
         else:
             file.write(f"{_json(prediction) if format == 'jsonl' else _line(prediction)}\n")
     return answered, failed
@@ -51,12 +53,16 @@ def _line(prediction: Prediction) -> str:
     path = _printable(prediction.path)
     if prediction.error:
         return f"{'–':>11}  {'(no answer)':<24}  {path}: {_printable(prediction.error)}"
+    if prediction.start is not None:
+        path += f"  {prediction.start:.2f} to {prediction.end:.2f} s"
     label = ", ".join(prediction.labels) or f"(none; nearest {prediction.label})"
     return f"{100 * prediction.probability:>9.1f} %  {_printable(label):<24}  {path}"
 
 
 def _json(prediction: Prediction) -> str:
     values: dict[str, Any] = asdict(prediction)
+    if prediction.start is None:
+        values = {name: value for name, value in values.items() if name not in TIMES}
     text = json.dumps(values, ensure_ascii=False)
     # File names need not be valid text; escaped, even those survive the way to another program.
     return text if _encodable(text) else json.dumps(values)

@@ -17,6 +17,8 @@ from torch import Tensor
 from vitrail.checkpoints import load_model
 from vitrail.config import ConfigError, Preprocess
 from vitrail.cost import pick_device, pick_precision
+from vitrail.data.clips import Window, average_views, clips_for_eval, view_count, windows_for_eval, with_views
+from vitrail.data.footage import Footage
 from vitrail.data.images import MAX_PIXELS, DecodeMode
 from vitrail.data.transforms import decode_for_eval
 from vitrail.inference.engines import Engine
@@ -29,11 +31,11 @@ _AHEAD = 2  # batches of pictures decoded while the model runs
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one picture.
+    """The answer to one picture, one video, or a part of a video.
 
     path: its path, or #place for a picture in memory. label, probability: the likeliest class. top: (label, probability),
     likeliest first. labels: what is given: `label`, or for a multi-label model every label of at least 50 %. error: why
-    there is no answer, "" if there is one.
+    there is no answer, "" if there is one. start, end: seconds from the beginning of the video, where it was asked in windows.
     """
 
     path: str
@@ -42,16 +44,23 @@ class Prediction:
     top: tuple[tuple[str, float], ...] = ()
     labels: tuple[str, ...] = ()
     error: str = ""
+    start: float | None = None
+    end: float | None = None
 
 
 class Predictor:
-    """Answers pictures with a trained model.
+    """Answers pictures, or videos, with a trained model.
 
     `model` is a model, or the path of a checkpoint, folder or run; a model in memory is copied, not changed. Pictures:
     paths, folders, patterns, "-" (paths on stdin), bytes, PIL images, arrays (h, w, c) and tensors (c, h, w), uint8 or
     0..1. device and precision as in the settings of a run; `top` answers per picture; `decode` "scaled" is faster and
     slightly less exact on large JPEGs; `workers` threads decode (-1: one per core, at most 16); `errors` "raise" ends at
     the first picture that cannot be read, "keep" answers it with its `.error`.
+
+    Videos, for a model that takes clips: paths, folders, patterns, "-", whole files as bytes, uint8 arrays (t, h, w, c) and
+    tensors (c, t, h, w). How clips are cut comes with the model; `clips` x `crops` views are averaged. With a `window` in
+    seconds a video gets one answer for every such stretch, one `every` so many seconds (default: one after the other); it
+    streams through, however long it is.
     Raises ValueError for a model that does not fit its own card, and for settings that do not exist.
     """
 
@@ -66,10 +75,16 @@ class Predictor:
         workers: int = -1,
         errors: str = "keep",
         max_pixels: int = MAX_PIXELS,
+        clips: int | None = None,
+        crops: int | None = None,
+        window: float = 0.0,
+        every: float = 0.0,
     ):
         for name, value, allowed in (("decode", decode, ("exact", "scaled")), ("errors", errors, ("keep", "raise"))):
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+        if min(window, every) < 0 or (every and not window):
+            raise ConfigError(f"window and every are seconds, every needs a window; got {window:g} and {every:g}")
         if batch_size < 1 or top < 1:
             raise ConfigError(f"batch_size and top must be at least 1, got {batch_size} and {top}")
         model = model if isinstance(model, Model) else load_model(model)
@@ -78,9 +93,15 @@ class Predictor:
         if len(self.classes) != count:
             raise ConfigError(f"the model answers {count} classes, but its card names {len(self.classes)}")
         self.multi_label = bool(card and card.multi_label)
-        self.preprocess: Preprocess = (card.preprocess if card else None) or Preprocess(
-            image_size=model.config.image_size, channels=model.config.in_channels
+        preprocess = (card.preprocess if card else None) or Preprocess(
+            image_size=model.config.image_size,
+            channels=model.config.in_channels,
+            frames=model.input_shape[1] if model.takes_clips else 0,
         )
+        self.preprocess: Preprocess = with_views(preprocess, clips, crops)
+        self.views, self.window, self.every = view_count(self.preprocess), window, every or window
+        if window and not self.preprocess.frames:
+            raise ConfigError("a window is a part of a video; this model takes pictures")
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         self.batch_size, self.top, self.errors = batch_size, min(top, count), errors
@@ -90,14 +111,17 @@ class Predictor:
         self.engine = Engine(model, self.preprocess, self.device, self.precision)
 
     def __call__(self, inputs: Input | Iterable[Input]) -> list[Prediction]:
-        """One prediction per picture, in order."""
+        """One prediction per picture, video or window, in order."""
         return list(self.stream(inputs))
 
     def stream(self, inputs: Input | Iterable[Input]) -> Iterator[Prediction]:
         """Predictions one after the other, in order, in memory that does not grow with their number."""
+        if self.window:
+            yield from self._windows(inputs)
+            return
         for batch in self._batches(inputs):
             pictures = [picture for _, picture in batch if isinstance(picture, Tensor)]
-            answers = iter(self._answers(self.engine(torch.stack(pictures))) if pictures else ())
+            answers = iter(self._answers(self._scores(pictures)) if pictures else ())
             for name, picture in batch:
                 yield Prediction(name, error=picture) if isinstance(picture, str) else replace(next(answers), path=name)
 
@@ -108,8 +132,42 @@ class Predictor:
             for name, picture in batch:
                 if isinstance(picture, str):
                     raise ValueError(f"{name}: {picture}")
-            scores.append(self.engine(torch.stack([picture for _, picture in batch])))  # type: ignore[misc]
+            scores.append(self._scores([picture for _, picture in batch]))  # type: ignore[misc]
         return torch.cat(scores)
+
+    def _scores(self, samples: list[Tensor]) -> Float[Tensor, "b k"]:
+        """Of pictures (c, h, w), or of videos by their views (v, c, t, h, w)."""
+        if not self.preprocess.frames:
+            return self.engine(torch.stack(samples))
+        scores = [self.engine(clips) for clips in torch.cat(samples).split(self.batch_size)]
+        return average_views(torch.cat(scores), self.views, self.multi_label)
+
+    def _windows(self, inputs: Input | Iterable[Input]) -> Iterator[Prediction]:
+        waiting: list[tuple[str, Window]] = []
+
+        def answered() -> Iterator[Prediction]:
+            if waiting:
+                for (name, part), answer in zip(
+                    waiting, self._answers(self._scores([part.views for _, part in waiting])), strict=True
+                ):
+                    yield replace(answer, path=name, start=part.start, end=part.end)
+                waiting.clear()
+
+        for item in expand(inputs, videos=True):
+            reason = item.error
+            try:
+                if isinstance(item.picture, Footage):
+                    for part in windows_for_eval(item.picture, self.preprocess, self.window, self.every, self.max_pixels):
+                        waiting.append((item.name, part))
+                        if len(waiting) * self.views >= self.batch_size:
+                            yield from answered()
+            except (OSError, ValueError) as problem:
+                reason = str(problem)
+            yield from answered()
+            if reason and self.errors == "raise":
+                raise ValueError(f"{item.name}: {reason}")
+            if reason:
+                yield Prediction(item.name, error=reason)
 
     def _answers(self, scores: Float[Tensor, "b k"]) -> Iterator[Prediction]:
         probabilities = scores.sigmoid() if self.multi_label else scores.softmax(1)
@@ -122,16 +180,17 @@ class Predictor:
 
     def _batches(self, inputs: Input | Iterable[Input]) -> Iterator[list[tuple[str, Tensor | str]]]:
         """Decoded pictures, or the reason there is none, by name; the threads work ahead while the caller computes."""
-        asked = expand(inputs)
+        asked = expand(inputs, videos=bool(self.preprocess.frames))
+        group = max(self.batch_size // self.views, 1)
         waiting: deque[tuple[str, Future[Tensor | str]]] = deque()
         pool = ThreadPoolExecutor(self.workers, "decode")
         try:
             while True:
-                while len(waiting) < _AHEAD * self.batch_size and (item := next(asked, None)) is not None:
+                while len(waiting) < _AHEAD * group and (item := next(asked, None)) is not None:
                     waiting.append((item.name, pool.submit(self._read, item)))
                 if not waiting:
                     return
-                ready = [waiting.popleft() for _ in range(min(self.batch_size, len(waiting)))]
+                ready = [waiting.popleft() for _ in range(min(group, len(waiting)))]
                 yield [(name, future.result()) for name, future in ready]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -140,6 +199,8 @@ class Predictor:
         reason = item.error
         if item.picture is not None:
             try:
+                if isinstance(item.picture, Footage):
+                    return clips_for_eval(item.picture, self.preprocess, self.max_pixels)
                 return decode_for_eval(item.picture, self.preprocess, mode=self.decode, max_pixels=self.max_pixels)
             except Exception as problem:  # whatever a decoder makes of a stranger's file must not end the run
                 reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
