@@ -31,7 +31,8 @@ from vitrail.cost import count_flops, matmul_peak, memory_format
 from vitrail.models import MODELS, Model, create_model
 
 BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8,
-         "deit_small_distilled_patch16_224": 8, "resnetv2_50x1_bit": 8, "cvt_13": 8}  # fmt: skip
+         "deit_small_distilled_patch16_224": 8, "resnetv2_50x1_bit": 8, "vit_base_r50_s16_224": 4,
+         "cvt_13": 8}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {"cvt_13": {"activation": "gelu"}}  # where the peer computes other than the authors
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
@@ -64,6 +65,8 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
         return {"torchvision": lambda: _torchvision_resnet(name, model), "timm": lambda: _timm(name, model)}
     if model.family == "deit":
         return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_deit(model)}
+    if model.family == "hybrid":
+        return {"timm": lambda: _timm(name, model)}
     if model.family == "bit":
         return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_bit(model)}
     if model.family == "cvt":

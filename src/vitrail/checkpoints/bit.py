@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from vitrail.config import ModelCard, Preprocess
 from vitrail.models.bit import VARIANTS, BiTConfig, TrunkConfig
 
 from .mapping import CheckpointError, Rule, convolution, rename, transform
-from .sources import Files, Source, count_blocks, timm_card, timm_files, transformers_card, transformers_files
+from .sources import Files, Source, timm_card, timm_files, transformers_card, transformers_files
 
 State = Mapping[str, Tensor]
 Hints = Mapping[str, Any]
@@ -20,17 +20,15 @@ GOOGLE_BIT_EPS = 1e-10
 _PLAIN = Preprocess(crop_fraction=0.875, interpolation="bilinear")
 
 
-def infer_trunk(state: State, stem: str, block: str, **known: Any) -> TrunkConfig:
-    """A trunk from shapes. `stem` names the first kernel, `block` a block's third one with {s} and {i} for its numbers."""
+def find_stages(state: State, third: Callable[[int, int], str], axis: int = 0) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(depths, widths) of the stages; `third` names a block's third kernel, whose `axis` counts its outputs."""
     depths: list[int] = []
-    widths: list[int] = []
-    while block.format(s=len(depths), i=0) in state:
+    while third(len(depths), 0) in state:
         s, depth = len(depths), 1
-        while block.format(s=s, i=depth) in state:
+        while third(s, depth) in state:
             depth += 1
         depths.append(depth)
-        widths.append(state[block.format(s=s, i=0)].shape[0])
-    return TrunkConfig(tuple(depths), tuple(widths), state[stem].shape[0], **known)
+    return tuple(depths), tuple(state[third(s, 0)].shape[axis] for s in range(len(depths)))
 
 
 def told(hints: Hints) -> dict[str, Any]:
@@ -80,8 +78,9 @@ def _timm_rules(config: BiTConfig) -> list[Rule]:
 
 
 def _timm_infer(state: State, files: Files, hints: Hints) -> tuple[BiTConfig, list[str]]:
-    block = "stages.{s}.blocks.{i}.conv3.weight"
-    trunk = infer_trunk(state, "stem.conv.weight", block, **{"preactivation": "stem.norm.weight" not in state} | told(hints))
+    depths, widths = find_stages(state, lambda s, i: f"stages.{s}.blocks.{i}.conv3.weight")
+    known = {"preactivation": "stem.norm.weight" not in state} | told(hints)
+    trunk = TrunkConfig(depths, widths, state["stem.conv.weight"].shape[0], **known)
     size = files.get("config.json", {}).get("pretrained_cfg", {}).get("input_size", (3, 224, 224))[1:]
     channels, classes = state["stem.conv.weight"].shape[1], _classes(state, "head.fc.weight")
     return BiTConfig((int(size[0]), int(size[1])), channels, classes, trunk), []
@@ -143,8 +142,8 @@ def _hf_infer(state: State, files: Files, hints: Hints) -> tuple[BiTConfig, list
         "preactivation": before, "groups": int(settings.get("num_groups", 32)), "padding": "same" if padding else "symmetric",
         "stem_pool": pools[padding],
     }  # fmt: skip
-    block = "bit.encoder.stages.{s}.layers.{i}.conv3.weight"
-    trunk = infer_trunk(state, "bit.embedder.convolution.weight", block, **known | told(hints))
+    depths, widths = find_stages(state, lambda s, i: f"bit.encoder.stages.{s}.layers.{i}.conv3.weight")
+    trunk = TrunkConfig(depths, widths, state["bit.embedder.convolution.weight"].shape[0], **known | told(hints))
     channels, classes = state["bit.embedder.convolution.weight"].shape[1], _classes(state, "classifier.1.weight")
     size = files.get("preprocessor_config.json", {}).get("crop_size") or {}
     image_size = (int(size.get("height", 224)), int(size.get("width", 224)))
@@ -198,14 +197,9 @@ def _google_rules(config: BiTConfig) -> list[Rule]:
 
 def _google_infer(state: State, files: Files, hints: Hints) -> tuple[BiTConfig, list[str]]:
     root = state[f"resnet/root_block/{_KERNEL}"]
-    depths, widths = [], []
-    for s in range(count_blocks(state, "resnet/block", "/")):
-        found = [key for key in state if key.startswith(f"resnet/block{s}/unit") and key.endswith(f"/c/{_KERNEL}")]
-        if found:
-            depths.append(len(found))
-            widths.append(state[found[0]].shape[3])
+    depths, widths = find_stages(state, lambda s, i: f"resnet/block{s + 1}/unit{i + 1:02d}/c/{_KERNEL}", axis=3)
     known = {"std_eps": GOOGLE_BIT_EPS} | told(hints)
-    trunk = TrunkConfig(tuple(depths), tuple(widths), root.shape[3], **known)
+    trunk = TrunkConfig(depths, widths, root.shape[3], **known)
     classes = _classes(state, "resnet/head/conv2d/kernel", 3)
     side = 480 if trunk.stem_width == 256 else 448  # what the fine-tuned files are meant for
     return BiTConfig((224, 224) if classes == 21843 else (side, side), root.shape[2], classes, trunk), []
@@ -234,6 +228,6 @@ SOURCES = (
     Source("transformers", "bit", _is_hf, _hf_infer, _hf_rules, _hf_card, _hf_export, _hf_clean),
     Source(
         "google", "bit", lambda state: f"resnet/root_block/{_KERNEL}" in state, _google_infer, _google_rules, _google_card,
-        _google_export, container="model.npz",
+        _google_export, container="model.npz", one_preprocess=True,
     ),
 )  # fmt: skip

@@ -17,7 +17,7 @@ from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import resize_grid, resize_line
 from vitrail.models import FAMILIES, MODELS, Model, build, override
 
-from . import bit, cvt, deit, hub, identity, resnet, vit, vit_google
+from . import bit, cvt, deit, hub, hybrid, identity, resnet, vit, vit_google
 from .identity import Origin
 from .io import (
     find_weights,
@@ -33,7 +33,9 @@ from .io import (
 from .mapping import CheckpointError, Report, State, read, write
 from .sources import Source
 
-SOURCES: tuple[Source, ...] = (*vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES, *cvt.SOURCES)
+SOURCES: tuple[Source, ...] = (
+    *vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES, *hybrid.SOURCES, *cvt.SOURCES,
+)  # fmt: skip
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
 _NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth")
 _VERSION = 1

@@ -94,7 +94,8 @@ def timm_rules(config: ViTConfig) -> list[Rule]:
     ]
 
 
-def _timm_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list[str]]:
+def timm_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list[str]]:
+    """The config of a file in timm's names."""
     token, registers = "cls_token" in state, state["reg_token"].shape[1] if "reg_token" in state else 0
     rows = state["pos_embed"].shape[1] if "pos_embed" in state else None
     args = files.get("config.json", {}).get("model_args", {}) or {}
@@ -325,7 +326,8 @@ def _tv_peer(config: ViTConfig) -> nn.Module:
 def _is_timm(state: State) -> bool:
     patch = state.get("patch_embed.proj.weight")
     vit = patch is not None and patch.ndim == 4 and "blocks.0.attn.qkv.weight" in state
-    return vit and "dist_token" not in state  # a distilled DeiT
+    hybrid = any(key.startswith("patch_embed.backbone.") for key in state)
+    return vit and not hybrid and "dist_token" not in state  # a distilled DeiT
 
 
 def _is_hf(state: State) -> bool:
@@ -344,7 +346,7 @@ _GUESS = (
 )
 
 SOURCES = (
-    Source("timm", "vit", _is_timm, _timm_infer, timm_rules, _timm_card, _timm_export, guess=_GUESS),
+    Source("timm", "vit", _is_timm, timm_infer, timm_rules, _timm_card, _timm_export, guess=_GUESS),
     Source("transformers", "vit", _is_hf, _hf_infer, hf_rules, _hf_card, _hf_export, _hf_clean),
     Source("torchvision", "vit", _is_tv, _tv_infer, _tv_rules, _tv_card, _tv_export, _tv_clean, peer=_tv_peer),
 )

@@ -21,7 +21,8 @@ State = Mapping[str, Tensor]
 Hints = Mapping[str, Any]
 
 
-def _rules(config: ViTConfig) -> list[Rule]:
+def rules(config: ViTConfig) -> list[Rule]:
+    """The table of the encoder and its heads."""
     ours, theirs = "blocks.{i}.", "Transformer/encoderblock_{i}/"
     attention, d = theirs + "MultiHeadDotProductAttention_1/", config.width // config.heads
     heads, width = config.heads, config.width
@@ -85,7 +86,7 @@ _LINEN = (
 _ROOTS = ("params/", "opt/target/", "target/", "img/")
 
 
-def _clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The published pre-linen names: subtrees opened, layers under a scan unstacked, old places of the position table."""
     for root in _ROOTS:  # from the outside in: the image tower of SigLIP lies at params/img/
         if any(key.startswith((root + "Transformer/", root + "img/Transformer/")) for key in state):
@@ -117,7 +118,8 @@ def _has_class_row(rows: int) -> bool:
     return math.isqrt(rows) ** 2 != rows and math.isqrt(rows - 1) ** 2 == rows - 1
 
 
-def _infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list[str]]:
+def infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, list[str]]:
+    """The config of cleaned names."""
     own = "Transformer/posembed_input/pos_embedding"
     table = state.get(own, state.get("pos_embedding"))
     attention = "Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel"
@@ -139,7 +141,8 @@ def _card(config: ViTConfig, files: Files) -> ModelCard:
     return ModelCard(preprocess=Preprocess(config.image_size, config.in_channels, "stretch", 1.0, "bilinear"))
 
 
-def _export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
+def export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
+    """No files beside the weights. Raises CheckpointError for a model that the format cannot hold."""
     needed = {
         "registers": 0, "qk_norm": False, "stem_norm": False, "layer_scale": None, "qkv_bias": True, "patch_bias": True,
         "activation": "gelu_tanh", "norm_eps": 1e-6, "norm_after_pool": False, "mask_token": False,
@@ -162,4 +165,4 @@ def _recognise(state: State) -> bool:
     return patches and not hybrid and any(key.endswith("Transformer/encoder_norm/scale") for key in state)
 
 
-SOURCES = (Source("google", "vit", _recognise, _infer, _rules, _card, _export, _clean, "model.npz", one_preprocess=True),)
+SOURCES = (Source("google", "vit", _recognise, infer, rules, _card, export, clean, "model.npz", one_preprocess=True),)

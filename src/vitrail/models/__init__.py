@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-from . import bit, cvt, deit, resnet, vit
+from . import bit, cvt, deit, hybrid, resnet, vit
 from .base import Model
 
-FAMILIES: dict[str, ModuleType] = {"vit": vit, "deit": deit, "resnet": resnet, "bit": bit, "cvt": cvt}
+FAMILIES: dict[str, ModuleType] = {
+    "vit": vit, "deit": deit, "resnet": resnet, "bit": bit, "hybrid": hybrid, "cvt": cvt,
+}  # fmt: skip
 MODELS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.VARIANTS.items()}
 
 __all__ = ["FAMILIES", "MODELS", "Model", "build", "create_model", "family_of", "list_models"]
