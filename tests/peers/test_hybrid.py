@@ -41,7 +41,9 @@ def test_timm(name: str, settings: dict, tmp_path, record_property) -> None:
     x = torch.randn(2, settings.get("in_chans", 3), *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         compare(record_property, "hybrid", "timm", READS, model(x), peer(x), **CLOSE)
-        model.card = ModelCard(("a", "b", "c"), Preprocess(size, x.shape[1], "crop", 0.8, "bilinear", (0.4,), (0.3,)))
+        model.card = ModelCard(
+            classes=("a", "b", "c"), preprocess=Preprocess(size, x.shape[1], "crop", 0.8, "bilinear", (0.4,), (0.3,))
+        )
         save_model(model, tmp_path / "out", format="timm")
         other = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
         other_x = torch.randn(2, x.shape[1], *model.config.image_size, generator=torch.Generator().manual_seed(1))

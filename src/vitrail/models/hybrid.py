@@ -36,6 +36,7 @@ class HybridConfig:
     class_token: bool = True
     position: PositionConfig = field(default_factory=PositionConfig)
     norm_eps: float = 1e-6
+    norm_after_pool: bool = False  # the final norm acts on the pooled embedding (timm's mean pooling)
     activation: str = "gelu"  # gelu_tanh in the original JAX code
     qkv_bias: bool = True
     representation: int | None = None
