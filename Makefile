@@ -36,6 +36,7 @@ format: .venv/.dev  ## sort imports and format the code
 bench: .venv/.peers  ## measure models and the data path side by side with peers (leave the machine alone meanwhile)
 	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.data
+	$(BIN)/python -m benchmarks.video
 
 docs: .venv/.dev  ## serve the documentation, rebuilt as you write
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
