@@ -190,7 +190,8 @@ class RunConfig:
 
     data: str = ""  # a folder, table, tar shards, Arrow data set, or an embedded set: digits, emoji, motion
     model: str = "vit_tiny_patch16_224"  # a name that `vitrail models` lists
-    init_from: str = ""  # run folder or checkpoint to start from; by default random weights
+    init_from: str = ""  # run folder, checkpoint, hub id or URL to start from; by default random weights
+    pretrained: bool = False  # start from published weights: the model's default ones, or those of a tag (model.tag)
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the model's own config, dotted names ("position.kind")
     out: str = ""  # run directory; by default runs/<data>-<model>
     preset: Literal["none", "auto"] = "none"  # auto: model, resolution and recipe chosen from the data's size, and explained

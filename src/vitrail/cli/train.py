@@ -26,6 +26,7 @@ EXAMPLES = """\
 vitrail train digits --recipe digits                                  the embedded set and its own settings
 vitrail train photos/ --preset auto --time-budget 10                  settings chosen from the data, ten minutes
 vitrail train photos/ --model resnet18 --image-size 128 --epochs 30
+vitrail train photos/ --model vit_tiny_patch16_224 --pretrained       from published weights
 vitrail train table.csv --image-column file --label-column species --multi-label
 vitrail train photos/ --set depth=6 position.kind=sincos              the model family's own settings
 vitrail train photos/ --config settings.yaml --lr 3e-4                a file, one value changed

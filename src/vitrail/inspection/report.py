@@ -135,7 +135,8 @@ def _subtitle(run: RunRecord, model: Model, data: Data | None, report: Report) -
         told += f", trained on {len(data.train):,} pictures"
     if steps:
         told += f" for {epochs:.3g} epochs ({steps:,} steps)"
-    origin = f", starting from {run.config.init_from}" if run.config.init_from else ""
+    start = run.config.init_from or ("published weights" if run.config.pretrained else "")
+    origin = f", starting from {start}" if start else ""
     return f"{told}{origin}, seed {run.config.seed}."
 
 

@@ -61,7 +61,9 @@ def choose(config: RunConfig, explicit: frozenset[str], data: Data, device: torc
     else:
         sizes = data.train.sizes()
         side = int(np.median(sizes.min(1))) if len(sizes) else 224
-        facts = Facts(len(data.train), len(data.classes), side, device.type == "cpu", bool(config.init_from))
+        facts = Facts(
+            len(data.train), len(data.classes), side, device.type == "cpu", bool(config.init_from or config.pretrained)
+        )
         choice = Choice()
         if not facts.tuned:
             _choose_model(choice, config, explicit, facts)

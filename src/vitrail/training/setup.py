@@ -16,6 +16,7 @@ from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
 from vitrail.checkpoints import load_checkpoint_card, load_model
+from vitrail.checkpoints import pretrained as published
 from vitrail.config import (
     ConfigError,
     ModelCard,
@@ -217,7 +218,8 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         notes += (reason,)
     torch.manual_seed(config.seed)
     model = _build_model(config, request.explicit, data)
-    config = dataclasses.replace(config, model=model.name or config.model)
+    if not config.pretrained:  # whose name may hold a tag
+        config = dataclasses.replace(config, model=model.name or config.model)
     preprocess = _preprocess(config, model)
     card = _card(config, model, data, preprocess)
     precision = pick_precision(config.precision, ranks.device)
@@ -271,9 +273,9 @@ def _build_model(config: RunConfig, explicit: frozenset[str], data: Data) -> Mod
         changes["in_channels"] = config.input.channels
     if config.input.frames is not None:
         changes["frames"] = config.input.frames
-    if config.init_from:
-        model = load_model(config.init_from, **changes)
-        if config.model not in ("", model.name) and "model" in explicit:
+    if source := start_weights(config):
+        model = load_model(source, **changes)
+        if config.init_from and config.model not in ("", model.name) and "model" in explicit:
             raise ConfigError(f"init_from is a {model.name or model.family}, model says {config.model}: give one of them")
         if model.card is None or model.card.classes != data.classes:
             model.reset_head(len(data.classes))
@@ -296,6 +298,16 @@ def why_not_to_mirror(config: RunConfig, explicit: frozenset[str], data: Data) -
     return f"no mirrored samples, because the class {sided!r} names a side; --hflip 0.5 mirrors all the same"
 
 
+def start_weights(config: RunConfig) -> str:
+    """What training starts from, as load_model takes it; "" for random weights."""
+    if not config.pretrained:
+        return config.init_from
+    if config.init_from:
+        raise ConfigError("init_from and pretrained both name weights to start from; give one of them")
+    model, _, tag = config.model.partition(".")
+    return published.choose(model, tag).source
+
+
 def _preprocess(config: RunConfig, model: Model) -> Preprocess:
     """The user's wishes over those of the weights."""
     base = (model.card.preprocess if model.card else None) or Preprocess()
@@ -309,7 +321,7 @@ def _preprocess(config: RunConfig, model: Model) -> Preprocess:
 
 def _card(config: RunConfig, model: Model, data: Data, preprocess: Preprocess) -> ModelCard:
     before = model.card or ModelCard()
-    origin = (*before.provenance, f"from {config.init_from}") if config.init_from else ("random weights",)
+    origin = (*before.provenance, f"from {start}") if (start := start_weights(config)) else ("random weights",)
     return ModelCard(
         name=model.name or before.name,
         classes=data.classes,
