@@ -152,6 +152,18 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class DistillationConfig:
+    """A trained model whose answers are learned beside the labels; on a DeiT by the distillation token."""
+
+    teacher: str = ""  # run folder, checkpoint, torchvision:NAME or timm:NAME (weights on this machine)
+    distill: Literal["hard", "soft"] = "hard"  # learn the teacher's answer, or its probabilities
+    distill_weight: float = 0.5  # of the teacher in the loss, 0..1 (DeiT: 0.5 hard, 0.1 soft)
+    distill_temperature: float = 1.0  # of soft distillation (DeiT: 3)
+    teacher_classes: Literal["name", "order"] = "name"  # its classes found by name, or taken as they come
+    teacher_cache: str = ""  # folder for its answers, where every epoch sees the same views
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimiser and its regularisation."""
 
@@ -213,6 +225,7 @@ class RunConfig:
     input: InputConfig = field(default_factory=InputConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 

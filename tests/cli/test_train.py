@@ -56,6 +56,15 @@ def test_only_what_was_given_is_handed_on(asked: list[tuple[RunConfig, dict[str,
     }
 
 
+def test_a_teacher_is_handed_on(asked: list[tuple[RunConfig, dict[str, Any]]]) -> None:
+    words = "photos --model deit_micro --teacher runs/tutor --distill soft --distill-temperature 3 --distill-weight 0.1"
+    assert main(["train", *words.split()]) == 0
+    assert asked[0][1] == {
+        "resume": False, "data": "photos", "model": "deit_micro", "teacher": "runs/tutor", "distill": "soft",
+        "distill_temperature": 3.0, "distill_weight": 0.1,
+    }  # fmt: skip
+
+
 def test_a_file_and_a_recipe_are_starting_points(asked: list[tuple[RunConfig, dict[str, Any]]], tmp_path: Path) -> None:
     stored = RunConfig(data="photos", overrides={"depth": 2}, compile=True, optim=OptimConfig(lr=5e-4))
     file = tmp_path / "settings.yaml"

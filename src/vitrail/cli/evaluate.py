@@ -15,6 +15,7 @@ from vitrail.config import DataConfig
 EXAMPLES = """\
 vitrail eval runs/photos-vit_tiny_patch16_224 photos/                the test split, or validation where there is none
 vitrail eval runs/photos-vit_tiny_patch16_224 photos/ --split val --per-class
+vitrail eval runs/photos-deit_tiny_distilled_patch16_224 photos/ --prediction distillation
 vitrail eval model.safetensors table.csv --image-column file --json > result.json"""
 
 
@@ -27,6 +28,7 @@ class Arguments:
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A folder, table, tar shards, Arrow data set or embedded set with the classes of the model."""
     split: Literal["auto", "test", "val", "train"] = "auto"  # auto: test where there is one, then val, then train
+    prediction: Literal["auto", "joint", "class", "distillation"] = "auto"  # which heads of a distilled DeiT answer
     per_class: bool = False  # print precision, recall and F1 of each class too
     json: bool = False  # print everything as JSON
     out: str = ""  # write the JSON to this file as well
@@ -56,6 +58,7 @@ def run(words: Sequence[str]) -> None:
         batch_size=arguments.batch_size,
         clips=arguments.clips,
         crops=arguments.crops,
+        prediction="" if arguments.prediction == "auto" else arguments.prediction,
         **settings,
     )
     if arguments.out:

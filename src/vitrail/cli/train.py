@@ -30,6 +30,7 @@ vitrail train photos/ --model vit_tiny_patch16_224 --pretrained       from publi
 vitrail train table.csv --image-column file --label-column species --multi-label
 vitrail train photos/ --set depth=6 position.kind=sincos              the model family's own settings
 vitrail train photos/ --config settings.yaml --lr 3e-4                a file, one value changed
+vitrail train photos/ --model deit_tiny_distilled_patch16_224 --teacher runs/photos-resnet18    learn from a trained model
 vitrail train --resume runs/photos-resnet18                           go on exactly where a run stopped"""
 
 

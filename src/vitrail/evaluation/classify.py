@@ -23,6 +23,7 @@ from vitrail.data.images import DecodeMode
 from vitrail.data.transforms import Normalise
 from vitrail.evaluation.metrics import Outputs, Report, classification_report
 from vitrail.models import Model
+from vitrail.models.deit import DeiT, check_prediction
 
 SPLITS = ("test", "val", "train")
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
@@ -95,6 +96,7 @@ def evaluate(
     progress: bool = True,
     clips: int | None = None,
     crops: int | None = None,
+    prediction: str = "",
     **settings: Any,
 ) -> Report:
     """How good a model (or the checkpoint, folder or run at a path) is on a data set, with 95 % intervals.
@@ -103,6 +105,7 @@ def evaluate(
     `settings` are fields of `DataConfig`. split: test, val or train; "" is test where there is one, then val, then train.
     clips, crops: views of a video, in time and space, whose probabilities are averaged; by default what the model's card says.
     The classes must be those of the checkpoint: a data set that differs is refused and the difference named (ConfigError).
+    prediction: of a distilled DeiT, which heads answer: joint, class or distillation; "" is as the model says.
     Unreadable pictures are left out, counted and named in the report's notes, or refused with bad_files="refuse".
     """
     model = model if isinstance(model, Model) else load_model(model)
@@ -121,20 +124,39 @@ def evaluate(
     )
     preprocess = with_views(preprocess, clips, crops)
     where = pick_device(device)
-    outputs = predict_dataset(
-        model,
-        dataset,
-        preprocess,
-        device=where,
-        precision=pick_precision(precision, where),
-        batch_size=batch_size,
-        workers=workers,
-        decode="scaled" if settings.get("decode") == "scaled" else "exact",
-        progress=f"evaluating {name}" if progress else None,
-    )
+    with _answering_by(model, prediction):
+        outputs = predict_dataset(
+            model,
+            dataset,
+            preprocess,
+            device=where,
+            precision=pick_precision(precision, where),
+            batch_size=batch_size,
+            workers=workers,
+            decode="scaled" if settings.get("decode") == "scaled" else "exact",
+            progress=f"evaluating {name}" if progress else None,
+        )
     report = classification_report(outputs.logits, outputs.targets, opened.classes, opened.multi_label, seed)
     notes = report.notes + ((dataset.bad.summary(),) if len(dataset.bad) else ())
     return dataclasses.replace(report, split=name, notes=notes, outputs=outputs)
+
+
+@contextmanager
+def _answering_by(model: Model, prediction: str) -> Iterator[None]:
+    """A distilled model answers by the named heads within the block."""
+    if not prediction:
+        yield
+        return
+    if not isinstance(model, DeiT):
+        raise ConfigError(
+            f"{model.name or model.family} has one head; prediction={prediction!r} is for distilled models (deit_*_distilled_*)"
+        )
+    check_prediction(prediction)
+    before, model.head.prediction = model.head.prediction, prediction
+    try:
+        yield
+    finally:
+        model.head.prediction = before
 
 
 def _data_config(settings: dict[str, Any], multi_label: bool) -> DataConfig:

@@ -11,19 +11,34 @@ from vitrail.data.augment import DeviceAugment
 from vitrail.data.mixing import mix_batch
 from vitrail.data.transforms import Normalise
 
+from .distillation import Taught
+from .teacher import Teacher
+
 
 class Inputs(nn.Module):
     """Pictures (b, c, h, w) or clips (b, c, t, h, w) in float32 and targets, (b,) class numbers or (b, k) soft ones where
-    samples are mixed."""
+    samples are mixed.
 
-    def __init__(self, preprocess: Preprocess, augment: AugmentConfig, classes: int, seed: int, layout: torch.memory_format):
+    With a teacher, targets come with its answers to these very pictures.
+    """
+
+    def __init__(
+        self,
+        preprocess: Preprocess,
+        augment: AugmentConfig,
+        classes: int,
+        seed: int,
+        layout: torch.memory_format,
+        teacher: Teacher | None = None,
+    ):
         super().__init__()
+        self.teacher = teacher
         self.config, self.classes, self.seed, self.layout = augment, classes, seed, layout
         self.augment = DeviceAugment(augment)
         self.normalise = Normalise(preprocess)
 
     @torch.no_grad()
-    def forward(self, batch: Batch, device: torch.device, draw: int) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, device: torch.device, draw: int) -> tuple[Tensor, Tensor | Taught]:
         """Augmentation is drawn per sample from its key and the seed; what is mixed with what from the number `draw`."""
         images = batch.images.to(device, non_blocking=True)
         targets = batch.targets.to(device, non_blocking=True)
@@ -31,4 +46,5 @@ class Inputs(nn.Module):
         if self.config.mixup or self.config.cutmix:
             soft = nn.functional.one_hot(targets, self.classes).float() if targets.ndim == 1 else targets
             images, targets = mix_batch(images, soft, self.config, torch.Generator(device).manual_seed(draw))
-        return images.contiguous(memory_format=self.layout), targets
+        images = images.contiguous(memory_format=self.layout)
+        return images, targets if self.teacher is None else Taught(targets, self.teacher(images, batch.indices))

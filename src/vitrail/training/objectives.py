@@ -48,7 +48,10 @@ class Classify(nn.Module):
 
     def forward(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Run the model and compare; the comparison is in float32 whatever the model computes in."""
-        logits = model(images).float()
+        return self.compare(model(images).float(), targets)
+
+    def compare(self, logits: Float[Tensor, "b k"], targets: Tensor) -> dict[str, Tensor]:
+        """{"loss", "accuracy"} of logits in float32."""
         shifted = logits if self.shift is None else logits + self.shift
         losses = self._cross_entropy(shifted, targets) if self.loss == "ce" else self._sigmoid(shifted, targets)
         if self.sample_weights is not None:

@@ -13,10 +13,12 @@ import torch
 
 from vitrail.cost import Memory, autocast, count_flops, count_parameters, forecast_memory, matmul_peak, synchronise
 from vitrail.data import Batch, Data, ImageDataset
+from vitrail.models.deit import DeiT
 
 from .log import duration
 from .setup import Job
 from .step import micro_step
+from .teacher import Teacher
 
 REHEARSED_SECONDS = 2.0  # measure about this long, or REHEARSED_STEPS if that is shorter
 REHEARSED_STEPS = 4
@@ -131,6 +133,8 @@ def make_plan(job: Job) -> Plan:
                    f"{job.loader.workers} loader processes",
         "memory": _describe_memory(memory, available_memory(job.ranks.device)),
     }  # fmt: skip
+    if job.inputs.teacher is not None:
+        rows["teacher"] = _describe_teacher(job, job.inputs.teacher)
     notes = [("note", note) for note in job.notes]
     return Plan(tuple(_row(name, text) for name, text in [*rows.items(), *notes]), flops, memory, peak)
 
@@ -195,6 +199,13 @@ def _describe_model(job: Job, flops: int) -> str:
     size = f"{count_parameters(model) / 1e6:.3g} M parameters"
     what = "clip" if model.takes_clips else "picture"
     return f"{model.name or model.family}{settings}: {size}, {flops / 2e9:.3g} GMACs ({flops / 1e9:.3g} GFLOPs) a {what}"
+
+
+def _describe_teacher(job: Job, teacher: Teacher) -> str:
+    d = job.config.distillation
+    kind = "its answers" if d.distill == "hard" else f"its probabilities at temperature {d.distill_temperature:g}"
+    head = "the distillation head" if isinstance(job.state.model, DeiT) else "the head that learns the labels"
+    return f"{teacher.describe()}; {kind} ({d.distill}) weigh {d.distill_weight:g} of the loss, learned by {head}"
 
 
 def _describe_memory(memory: Memory, available: int) -> str:

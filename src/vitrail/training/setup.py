@@ -32,9 +32,12 @@ from vitrail.config import (
 from vitrail.cost import memory_format, pick_precision
 from vitrail.data import Data, ImageDataset, TrainLoader, open_data
 from vitrail.data.embedded import NAMES as EMBEDDED
+from vitrail.data.images import DecodeMode
 from vitrail.models import MODELS, Model, build
+from vitrail.models.deit import BothLogits, DeiT
 
 from . import schedule
+from .distillation import Distill
 from .distributed import Ranks
 from .evaluators import Evaluator, SplitEvaluator
 from .inputs import Inputs
@@ -42,12 +45,13 @@ from .objectives import Objective, build_objective, sampler_weights
 from .optim import build_ema, build_optimizer, scaled_lr
 from .preset import choose, side_in_names
 from .state import MODEL, Progress, TrainState, newest_checkpoint
+from .teacher import Teacher, build_teacher, store_answers
 
 CONFIG = "config.yaml"
 # What may differ when a run is resumed: none of these changes its result.
 FREE = frozenset({
     "data", "out", "device", "workers", "save_every_steps", "save_every_minutes", "keep_last", "max_nonfinite", "report",
-    "tensorboard",
+    "tensorboard", "teacher", "teacher_cache",
 })  # fmt: skip
 
 
@@ -74,6 +78,8 @@ def resolve(config: RunConfig | None, data: Any, settings: Mapping[str, Any], re
     given = replace_flat(config or RunConfig(), named)
     if given.data and given.data not in EMBEDDED:
         given = dataclasses.replace(given, data=str(Path(given.data).expanduser().absolute()))
+    if given.distillation.teacher and (teacher := Path(given.distillation.teacher).expanduser()).exists():
+        given = replace_flat(given, {"teacher": str(teacher.absolute())})
     collection = None if isinstance(data, (str, Path)) else data
     defaults = flat(RunConfig())
     explicit = frozenset(named) | {name for name, value in flat(given).items() if value != defaults[name]}
@@ -221,18 +227,27 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
     if not config.pretrained:  # whose name may hold a tag
         config = dataclasses.replace(config, model=model.name or config.model)
     preprocess = _preprocess(config, model)
-    card = _card(config, model, data, preprocess)
     precision = pick_precision(config.precision, ranks.device)
     model.to(ranks.device).set_checkpointing(config.checkpointing)
     layout = memory_format(model, training=True, precision=precision)
     model.to(memory_format=layout)  # type: ignore[call-overload]
     config = replace_flat(config, {"preset": "none", "device": ranks.device.type, "precision": precision})
+    mode: DecodeMode = "exact" if config.data_config.decode == "exact" else "scaled"
     loader = TrainLoader(
         data.train, preprocess=preprocess, augment=config.augment, batch_size=config.batch_size,
         accumulate=config.accumulate, seed=config.seed, rank=ranks.rank, world=ranks.world,
-        workers=config.data_config.workers, mode="exact" if config.data_config.decode == "exact" else "scaled",
+        workers=config.data_config.workers, mode=mode,
         weights=sampler_weights(config.objective, data.train), pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
+    teacher = None
+    if config.distillation.teacher:
+        if objective is not None:
+            raise ConfigError("a teacher and an objective of your own were given; give one of them")
+        teacher = build_teacher(config.distillation, data, preprocess, ranks.device, precision)
+        if config.distillation.teacher_cache:
+            store_answers(teacher, loader, config.augment, config.distillation.teacher_cache, mode, ranks)
+    elif isinstance(model, DeiT):
+        notes += (f"{model.name} without a teacher: both heads learn the labels, through the mean of their logits",)
     state = TrainState(
         model=model,
         optimizer=build_optimizer(model, config.optim, ranks.device),
@@ -240,17 +255,20 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         scaler=GradScaler(ranks.device.type, enabled=config.precision == "fp16"),
         progress=Progress(total=schedule.total_steps(config.schedule, loader.steps_per_epoch), data=fingerprint(data.train)),
     )
-    replica = ranks.wrap(model)
+    if teacher is not None:
+        state.progress.teacher = teacher.identity
+    # Each head of a distilled model is compared with a truth of its own, so the replica answers with both.
+    replica = ranks.wrap(BothLogits(model) if teacher is not None and isinstance(model, DeiT) else model)
     job = Job(
         config=config,
         path=request.path,
         ranks=ranks,
         data=data,
-        card=card,
+        card=_card(config, model, data, preprocess, teacher),
         state=state,
         runner=torch.compile(replica) if config.compile else replica,  # type: ignore[arg-type]
-        inputs=Inputs(preprocess, config.augment, len(data.classes), config.seed, layout).to(ranks.device),
-        objective=objective or build_objective(config.objective, data.train).to(ranks.device),
+        inputs=Inputs(preprocess, config.augment, len(data.classes), config.seed, layout, teacher).to(ranks.device),
+        objective=objective or _objective(config, data.train, teacher).to(ranks.device),
         evaluators=evaluators,
         loader=loader,
         notes=notes,
@@ -258,6 +276,11 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
     if not evaluators and (validation := job.split_evaluator("val")) is not None:
         job.evaluators = [validation]
     return job
+
+
+def _objective(config: RunConfig, dataset: ImageDataset, teacher: Teacher | None) -> nn.Module:
+    labels = build_objective(config.objective, dataset)
+    return labels if teacher is None else Distill(labels, config.distillation)
 
 
 def fingerprint(dataset: ImageDataset) -> str:
@@ -319,9 +342,11 @@ def _preprocess(config: RunConfig, model: Model) -> Preprocess:
     return dataclasses.replace(base, **{name: value for name, value in wishes.items() if value is not None})
 
 
-def _card(config: RunConfig, model: Model, data: Data, preprocess: Preprocess) -> ModelCard:
+def _card(config: RunConfig, model: Model, data: Data, preprocess: Preprocess, teacher: Teacher | None) -> ModelCard:
     before = model.card or ModelCard()
     origin = (*before.provenance, f"from {start}") if (start := start_weights(config)) else ("random weights",)
+    if teacher is not None:
+        origin += (f"taught by {teacher.found.name} ({teacher.identity})",)
     return ModelCard(
         name=model.name or before.name,
         classes=data.classes,

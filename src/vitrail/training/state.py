@@ -55,6 +55,7 @@ class Progress:
     seconds: float = 0.0  # spent so far, over all sessions
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of the log
     data: str = ""  # fingerprint of the training samples
+    teacher: str = ""  # identity of the teacher
 
 
 @dataclass
@@ -119,7 +120,7 @@ def save_checkpoint(run: Path, state: TrainState, card: ModelCard, keep: int) ->
 def restore(checkpoint: Path, state: TrainState) -> None:
     """Put a checkpoint's tensors and counters into `state`.
 
-    Raises ConfigError if it was built from other settings or is going to see other training samples.
+    Raises ConfigError if it was built from other settings or is going to see other training samples or another teacher.
     """
     counters = read_json(checkpoint / COUNTERS)
     weights, _ = read_state(checkpoint / MODEL)
@@ -133,8 +134,11 @@ def restore(checkpoint: Path, state: TrainState) -> None:
             state.scaler.load_state_dict(counters["scaler"])
     except (RuntimeError, KeyError, ValueError) as problem:
         raise ConfigError(f"{checkpoint} does not belong to the settings of this run: {problem}") from None
-    data, state.progress = state.progress.data, from_dict(Progress, counters["progress"])
-    if data != state.progress.data:
+    before, state.progress = state.progress, from_dict(Progress, counters["progress"])
+    if before.teacher != state.progress.teacher:
+        named = [f"the teacher {p.teacher}" if p.teacher else "no teacher" for p in (state.progress, before)]
+        raise ConfigError(f"{checkpoint} was made with {named[0]}, the run would go on with {named[1]}: give it the same one")
+    if before.data != state.progress.data:
         raise ConfigError(
             f"the training samples are not those that {checkpoint} was made with, so it cannot be gone on with exactly"
         )
