@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import (
 )
 
 from vitrail.evaluation import bootstrap
-from vitrail.evaluation.metrics import Report, calibration_bins, classification_report
+from vitrail.evaluation.metrics import Report, calibration_bins, classification_report, mean_iou
 
 
 def scores(answers: list[int], classes: int, margin: float = 4.0) -> torch.Tensor:
@@ -217,3 +217,11 @@ def test_many_samples_and_classes_are_quick_enough_to_run_every_epoch() -> None:
     report = classification_report(torch.randn(20_000, 300), truth, [str(i) for i in range(300)])
     assert report.metrics["n"] == 20_000
     assert report.metrics["balanced_accuracy_low"] < report.metrics["balanced_accuracy_high"]
+
+
+def test_mean_iou() -> None:
+    truth = torch.tensor([[0, 0, 1, 1], [2, 2, 255, 255]])
+    predicted = torch.tensor([[0, 1, 1, 1], [2, 2, 0, 1]])
+    assert mean_iou(truth.clamp(max=2), truth.clamp(max=2), 3) == 1
+    assert mean_iou(predicted, truth, 3) == pytest.approx((1 / 2 + 2 / 3 + 1) / 3)
+    assert mean_iou(predicted, truth, 5) == mean_iou(predicted, truth, 3)  # classes that do not occur do not count

@@ -299,3 +299,14 @@ def _finite(value: Any) -> Any:
 
 def _nan(value: Any) -> Any:
     return float("nan") if value is None else value
+
+
+def mean_iou(predicted: Int[Tensor, "*n"], truth: Int[Tensor, "*n"], classes: int) -> float:
+    """Intersection over union of each class's pixels, averaged over the classes that occur; truth outside 0..classes - 1 is
+    left out. 1 is perfect; one class everywhere gives its share of the pixels over the number of classes.
+    """
+    counted = (truth >= 0) & (truth < classes)
+    pairs = truth[counted] * classes + predicted[counted]
+    confusion = torch.bincount(pairs.flatten().long(), minlength=classes * classes).view(classes, classes).double()
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
+    return float((confusion.diagonal() / union)[union > 0].mean())

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from . import bit, cvt, deit, hybrid, resnet, vit
+from .backbone import Segmenter, as_backbone
 from .base import Model
 
 FAMILIES: dict[str, ModuleType] = {
@@ -17,7 +18,7 @@ FAMILIES: dict[str, ModuleType] = {
 }  # fmt: skip
 MODELS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.VARIANTS.items()}
 
-__all__ = ["FAMILIES", "MODELS", "Model", "build", "create_model", "family_of", "list_models"]
+__all__ = ["FAMILIES", "MODELS", "Model", "Segmenter", "as_backbone", "build", "create_model", "family_of", "list_models"]
 
 
 def list_models(pattern: str = "*") -> list[str]:

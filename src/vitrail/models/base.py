@@ -21,6 +21,7 @@ class Model(nn.Module, ABC):
     """
 
     family: ClassVar[str]
+    normalised_stages: ClassVar[bool] = False  # whether every stage of pyramid(), not only the last, comes out normalised
     config: Any
     head: nn.Module
 

@@ -83,6 +83,7 @@ class ResNet(Model):
     """A ResNet for images of any size; its tokens are the cells of the last feature map."""
 
     family = "resnet"
+    normalised_stages = True
     config: ResNetConfig
 
     def __init__(self, config: ResNetConfig):

@@ -78,6 +78,27 @@ class Classify(nn.Module):
         return (logits.argmax(1) == truth).float().mean()
 
 
+class Segment(nn.Module):
+    """Cross-entropy of every pixel's logits (b, k, h, w) against class numbers (b, h, w).
+
+    Pixels of class `ignore` do not count. Returns {"loss", "accuracy"}, means over the pixels that do.
+    """
+
+    def __init__(self, ignore: int = 255):
+        super().__init__()
+        self.ignore = ignore
+
+    def forward(self, model: nn.Module, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Run the model and compare, in float32 whatever the model computes in."""
+        logits = model(images).float()
+        counted = targets != self.ignore
+        right = (logits.detach().argmax(1) == targets) & counted
+        return {
+            "loss": F.cross_entropy(logits, targets, ignore_index=self.ignore),
+            "accuracy": right.sum() / counted.sum().clamp_min(1),
+        }
+
+
 def build_objective(config: ObjectiveConfig, dataset: ImageDataset) -> Classify:
     """The objective of the settings; class frequencies are those of the training set.
 
