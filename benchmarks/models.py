@@ -32,7 +32,7 @@ from vitrail.models import MODELS, Model, create_model
 
 BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8,
          "deit_small_distilled_patch16_224": 8, "resnetv2_50x1_bit": 8, "vit_base_r50_s16_224": 4,
-         "cvt_13": 8}  # fmt: skip
+         "cvt_13": 8, "swin_tiny_patch4_window7_224": 8}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {"cvt_13": {"activation": "gelu"}}  # where the peer computes other than the authors
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
@@ -67,6 +67,8 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
         return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_deit(model)}
     if model.family == "hybrid":
         return {"timm": lambda: _timm(name, model)}
+    if model.family == "swin":
+        return {"timm": lambda: _timm(name, model, drop_path_rate=0.0), "torchvision": lambda: _torchvision_swin(model)}
     if model.family == "bit":
         return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_bit(model)}
     if model.family == "cvt":
@@ -84,10 +86,10 @@ def translate(model: Model, project: str, tensors: dict[str, Tensor]) -> dict[st
     return write(source.rules(model.config), tensors)
 
 
-def _timm(name: str, model: Model) -> Side:
+def _timm(name: str, model: Model, **settings: Any) -> Side:
     import timm
 
-    peer = timm.create_model(name)
+    peer = timm.create_model(name, **settings)
     peer.load_state_dict(translate(model, "timm", model.state_dict()))
     return Side("timm", peer, peer)
 
@@ -96,6 +98,17 @@ def _torchvision_resnet(name: str, model: Model) -> Side:
     import torchvision
 
     peer = torchvision.models.get_model(name)
+    peer.load_state_dict(translate(model, "torchvision", model.state_dict()))
+    return Side("torchvision", peer, peer)
+
+
+def _torchvision_swin(model: Model) -> Side:
+    import torchvision
+
+    c = model.config
+    peer = torchvision.models.swin_transformer.SwinTransformer(
+        list(c.patch), c.width, list(c.depths), list(c.heads), list(c.window), stochastic_depth_prob=0.0
+    )
     peer.load_state_dict(translate(model, "torchvision", model.state_dict()))
     return Side("torchvision", peer, peer)
 
@@ -225,7 +238,7 @@ def flat_gradient(model: Model) -> Callable[[Side], Tensor]:
         elif side.name == "torchvision":
             state = (
                 load_model(grads, quiet=True, heads=getattr(model.config, "heads", 1)).state_dict()
-                if model.family == "vit"
+                if model.family in ("vit", "swin")
                 else None
             )
             grads = translate(model, "timm", state) if state is not None else grads

@@ -29,6 +29,10 @@ PARAMETERS = {
     "vit_large_r50_s16_224": 316_483_624,
     "resnetv2_101x3_bit": 387_934_888, "resnetv2_152x2_bit": 236_335_208, "resnetv2_152x4_bit": 936_533_224,
     "cvt_13": 19_997_480, "cvt_21": 31_622_696, "cvt_13_384": 19_997_480, "cvt_w24_384": 277_196_392,
+    "swin_tiny_patch4_window7_224": 28_288_354, "swin_small_patch4_window7_224": 49_606_258,
+    "swin_base_patch4_window7_224": 87_768_224, "swin_base_patch4_window12_384": 87_903_584,
+    "swin_large_patch4_window7_224": 196_532_476, "swin_large_patch4_window12_384": 196_735_516,
+    "swinv2_tiny_window8_256": 28_347_154, "swinv2_tiny_window16_256": 28_347_154,
 }  # fmt: skip
 
 # The class token skips the convolution of the queries: the logits do not depend on that of the last block.
@@ -70,7 +74,7 @@ class TestEveryFamily:
         model = create_model(name, num_classes=5)
         torch.nn.init.normal_(model.head.linear.weight)
         for module in model.modules():  # a zero gain at the end of a branch hides the gradients before it
-            if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.GroupNorm)):
+            if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.GroupNorm, torch.nn.LayerNorm)):
                 torch.nn.init.ones_(module.weight)
         model(example(model, 4)).square().sum().backward()
         silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]

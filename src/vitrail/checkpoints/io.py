@@ -73,10 +73,11 @@ def write_npz(path: Path, state: Mapping[str, Tensor]) -> None:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def write_torch(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write a bare state dict as torch does, as a whole."""
+def write_torch(path: Path, state: Mapping[str, Tensor], inside: str = "") -> None:
+    """Write a torch file as a whole: the bare state dict, or with it under the key `inside`."""
+    plain = {name: tensor.detach().to("cpu").clone() for name, tensor in state.items()}
     with replacing(path) as temporary:
-        torch.save({name: tensor.detach().to("cpu").clone() for name, tensor in state.items()}, temporary)
+        torch.save({inside: plain} if inside else plain, temporary)
 
 
 def read_metadata(path: Path) -> dict[str, str]:

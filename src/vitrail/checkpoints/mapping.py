@@ -27,12 +27,16 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """One of our keys from one or several of theirs, and back. Without `ours` the source's key is dropped on reading."""
+    """One of our keys from one or several of theirs, and back.
+
+    Without `ours` the source's key is dropped on reading, and `make` gives its value on writing (None: it is left out).
+    """
 
     ours: str
     theirs: tuple[str, ...]
     read: Read = lambda tensors: tensors[0]
     write: Write = lambda tensor: (tensor,)
+    make: Callable[[], Tensor] | None = None
 
 
 def rename(ours: str, theirs: str) -> list[Rule]:
@@ -78,6 +82,11 @@ def drop(*theirs: str) -> list[Rule]:
 def leave(*ours: str) -> list[Rule]:
     """Keys of ours that the source has no tensor for and does without."""
     return [Rule(o, (), write=lambda tensor: ()) for pattern in ours for o in _braces(pattern)]
+
+
+def constant(theirs: str, make: Callable[[], Tensor]) -> list[Rule]:
+    """A key of the source whose value the configuration decides: dropped on reading, made anew on writing."""
+    return [Rule("", (theirs,), make=make)]
 
 
 def _braces(pattern: str) -> list[str]:
@@ -179,8 +188,9 @@ def matching(rules: Iterable[Rule], names: Iterable[str]) -> set[str]:
 
 def write(rules: Iterable[Rule], state: Mapping[str, Tensor]) -> State:
     """Our state dict under the source's names: the inverse of `read`. Raises CheckpointError for a key without a place."""
+    rules = list(rules)
     table = [(rule, _regex(rule.ours)) for rule in rules if rule.ours]
-    out: State = {}
+    out: State = {rule.theirs[0]: rule.make() for rule in rules if rule.make is not None}
     for key, tensor in state.items():
         for rule, pattern in table:
             if hit := pattern.match(key):

@@ -12,7 +12,8 @@ from vitrail.config import ModelCard, Preprocess
 
 from .mapping import Rule
 
-Files = Mapping[str, Mapping[str, Any]]  # JSON files found beside the weights, by name
+# JSON files found beside the weights, by name; under "" what is known of the weights' own file: {"name": its last two parts}
+Files = Mapping[str, Mapping[str, Any]]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -37,6 +38,7 @@ class Source:
     export: Callable[[Any, ModelCard], dict[str, dict[str, Any]]]
     clean: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda state: state
     container: str = "model.safetensors"
+    inside: str = ""  # the key that holds the weights in the project's torch files ("": the file is the bare state dict)
     guess: str = ""  # how `card` guesses the preprocessing, where other weights look the same; said when nothing tells it
     one_preprocess: bool = False  # all published weights of this naming take pictures alike, so that card() is no guess
     peer: Callable[[Any], nn.Module] | None = None  # the project's own model of a config, to check what was written

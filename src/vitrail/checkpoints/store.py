@@ -15,9 +15,9 @@ from torch import Tensor
 from vitrail import config as settings
 from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import resize_grid, resize_line
-from vitrail.models import FAMILIES, MODELS, Model, build, override
+from vitrail.models import FAMILIES, MODELS, Model, build, family_of, override
 
-from . import bit, cvt, deit, hub, hybrid, identity, resnet, vit, vit_google
+from . import bit, cvt, deit, hub, hybrid, identity, resnet, swin, vit, vit_google
 from .identity import Origin
 from .io import (
     find_weights,
@@ -35,6 +35,7 @@ from .sources import Source
 
 SOURCES: tuple[Source, ...] = (
     *vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES, *hybrid.SOURCES, *cvt.SOURCES,
+    *swin.SOURCES,
 )  # fmt: skip
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
 _NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth")
@@ -58,15 +59,15 @@ def load_model(
     state, origin = _open(source)
     report = Report(source=origin.name)
     if "vitrail" in origin.metadata:
-        model, ours = _from_ours(origin.metadata["vitrail"], state, overrides, report), dict(state)
+        (model, built), ours = _from_ours(origin.metadata["vitrail"], overrides, report), dict(state)
     else:
-        model, ours = _from_foreign(state, origin, overrides, report)
+        model, built, ours = _from_foreign(state, origin, overrides, report)
     if preprocess is not None:
         base = model.card.preprocess
         model.card = dataclasses.replace(model.card, preprocess=identity.asked_preprocessing(preprocess, base))
         report.notes = [n for n in report.notes if "preprocessing" not in n]
         report.notes.append(f"preprocessing: {identity.describe(model.card.preprocess)} (as asked)")
-    _fill(model, ours, report, origin.name)
+    _fill(model, ours, report, origin.name, built)
     report.loaded = len(ours)
     if broken := [key for key, tensor in ours.items() if tensor.is_floating_point() and not _finite(tensor)]:
         report.notes.append(f"nan or inf in {len(broken)} of {len(ours)} tensors: {', '.join(broken[:4])}")
@@ -116,7 +117,7 @@ def save_model(model: Model, path: str | Path, format: str = "vitrail", card: Mo
         if source.container.endswith(".npz"):
             write_npz(folder / source.container, written)
         elif source.container.endswith(".pth"):
-            write_torch(folder / source.container, written)
+            write_torch(folder / source.container, written, source.inside)
         else:
             write_safetensors(folder / source.container, written, {"format": "pt"})
         for name, content in files.items():
@@ -185,17 +186,17 @@ def _parse(text: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _from_ours(text: str, state: State, overrides: Mapping[str, Any], report: Report) -> Model:
+def _from_ours(text: str, overrides: Mapping[str, Any], report: Report) -> tuple[Model, Any]:
     content = _parse(text, report.source)
     config = settings.from_dict(FAMILIES[content["family"]].CONFIG, content["config"])
     card = settings.from_dict(ModelCard, content.get("card") or {})
     if card.classes:
         card, remark = identity.labelled(card, config.num_classes)
         report.notes += [remark] if remark else []
-    return _finish(config, overrides, card, str(content.get("name", "")))
+    return _finish(config, overrides, card, str(content.get("name", "")), report), config
 
 
-def _from_foreign(state: State, origin: Origin, overrides: Mapping[str, Any], report: Report) -> tuple[Model, State]:
+def _from_foreign(state: State, origin: Origin, overrides: Mapping[str, Any], report: Report) -> tuple[Model, Any, State]:
     configs = {f: next(c for c in m.VARIANTS.values() if isinstance(c, m.CONFIG)) for f, m in FAMILIES.items()}
     source = next((s for s in SOURCES if s.recognise(state)), None)
     if source is None:
@@ -216,7 +217,7 @@ def _from_foreign(state: State, origin: Origin, overrides: Mapping[str, Any], re
     card = dataclasses.replace(card, preprocess=preprocess, provenance=provenance)
     changes = {k: v for k, v in overrides.items() if k != "built_size"}
     name = claim.row.model if claim is not None and claim.row.model in MODELS else _registered(config)
-    return _finish(config, changes, card, name), ours
+    return _finish(config, changes, card, name, report), config, ours
 
 
 def _translate_claimed(
@@ -238,8 +239,9 @@ def _translate_claimed(
 
 def _translate(source: Source, state: State, origin: Origin, hints: Mapping[str, Any], report: Report) -> tuple[Any, State]:
     """The configuration and the tensors under our names."""
+    files = {**origin.files, "": {"name": "/".join(reversed(origin.names))}}
     try:
-        config, notes = source.infer(state, origin.files, hints)
+        config, notes = source.infer(state, files, hints)
     except (KeyError, IndexError) as problem:
         raise CheckpointError(f"{origin.name}: looks like {source.name} {source.family}, but {problem} is missing") from None
     report.notes += notes
@@ -258,13 +260,14 @@ def _registered(config: Any) -> str:
     return next((n for n, c in MODELS.items() if type(c) is type(config) and dataclasses.replace(c, **free) == config), "")
 
 
-def _finish(config: Any, overrides: Mapping[str, Any], card: ModelCard, name: str) -> Model:
+def _finish(config: Any, overrides: Mapping[str, Any], card: ModelCard, name: str, report: Report) -> Model:
     """The model with the user's overrides; a card follows the image size and forgets the classes of a replaced head."""
     changes = dict(overrides)
     if isinstance(changes.get("image_size"), int):
         changes["image_size"] = (changes["image_size"],) * 2
     classes = changes.pop("num_classes", config.num_classes)
-    new = override(config, changes)
+    new, notes = FAMILIES[family_of(config)].MODEL.replan(config, override(config, changes))
+    report.notes += notes
     model = build(new, name)
     if classes != config.num_classes:
         model.reset_head(classes)
@@ -276,7 +279,7 @@ def _finish(config: Any, overrides: Mapping[str, Any], card: ModelCard, name: st
     return model
 
 
-def _fill(model: Model, state: State, report: Report, name: str) -> None:
+def _fill(model: Model, state: State, report: Report, name: str, built: Any) -> None:
     """Put tensors into the model: positions resized, a head of another size left at zero; anything else must fit."""
     wanted = model.state_dict()
     wrong = []
@@ -289,7 +292,7 @@ def _fill(model: Model, state: State, report: Report, name: str) -> None:
             if key.startswith("head."):
                 report.remade.append(f"{key} {tuple(state[key].shape)} -> {tuple(wanted[key].shape)}, zero-initialised")
                 state.pop(key)
-            elif (fitted := _refit(model, key, state[key], wanted[key])) is not None:
+            elif (fitted := _refit(model, key, state[key], wanted[key], built)) is not None:
                 report.resized.append(f"{key} {tuple(state[key].shape)} -> {tuple(wanted[key].shape)}")
                 state[key] = fitted
             else:
@@ -306,7 +309,7 @@ def _fill(model: Model, state: State, report: Report, name: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def _refit(model: Model, key: str, found: Tensor, wanted: Tensor) -> Tensor | None:
+def _refit(model: Model, key: str, found: Tensor, wanted: Tensor, built: Any) -> Tensor | None:
     """A tensor of another input size or channel count as this model needs it, or None when there is no such reading."""
     part = key.split(".")
     if "positions" in part:
@@ -321,7 +324,7 @@ def _refit(model: Model, key: str, found: Tensor, wanted: Tensor) -> Tensor | No
         )  # fmt: skip
     if key.endswith(("embed.proj.weight", "stem.conv.weight")) and found.shape[2:] == wanted.shape[2:] and found.ndim == 4:
         return _adapt_channels(found, wanted.shape[1])
-    return None
+    return model.refit(key, found, built)
 
 
 def _old_grid(count: int, config: Any) -> tuple[int, int] | None:

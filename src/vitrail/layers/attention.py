@@ -34,27 +34,44 @@ def attend(
     q: Float[Tensor, "b k n d"],
     k: Float[Tensor, "b k m d"],
     v: Float[Tensor, "b k m e"],
-    bias: Float[Tensor, "#b #k n m"] | None = None,
+    bias: Float[Tensor, "#g #k n m"] | None = None,
     *,
     site: AttentionSite,
     scale: float | None = None,
+    groups: int = 1,
 ) -> Float[Tensor, "b k n e"]:
     """softmax(scale * q k^T + bias) v, by the kernel that is fastest here; `scale` defaults to d ** -0.5.
 
-    While `site` is recorded, the probabilities (b, k, n, m) are computed explicitly and handed to its receiver.
+    The bias broadcasts over the batch; with `groups` (a divisor of b) item i of the batch has the bias i % groups, as the
+    windows of a map do. While `site` is recorded, the probabilities (b, k, n, m) are computed explicitly and handed to its
+    receiver.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dropout = site.dropout if site.training else 0.0
     if site.receiver is None and _prefers_fused(q, k, bias):
+        if bias is not None and groups > 1:
+            return _fused_in_groups(q, k, v, bias, dropout, scale)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
-    logits = (q * scale) @ k.transpose(-2, -1)
-    if bias is not None:
-        logits = logits + bias
+    if bias is None:
+        logits = (q * scale) @ k.transpose(-2, -1)
+    else:
+        logits = (q @ k.transpose(-2, -1)).unflatten(0, (-1, groups))
+        bias = bias if groups > 1 else bias[:, None]
+        logits = torch.add(bias, logits, alpha=scale).flatten(0, 1)  # one pass over the logits for scale and bias
     # Softmax accumulates in float32 whatever the input; a float32 copy of half-precision logits would only cost time.
     weights = logits.softmax(-1).to(v.dtype)
     if site.receiver is not None:
         site.receiver(weights)
     return F.dropout(weights, dropout) @ v if dropout else weights @ v
+
+
+def _fused_in_groups(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, scale: float) -> Tensor:
+    """Items that have a bias of their own become heads, over which the fused kernel need not repeat the bias."""
+    groups, heads = bias.shape[0], q.shape[1]
+    q, k, v = (x.reshape(-1, groups * heads, *x.shape[2:]) for x in (q, k, v))
+    bias = bias.expand(-1, heads, -1, -1).reshape(1, groups * heads, *bias.shape[2:])
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    return y.unflatten(1, (groups, heads)).flatten(0, 1)
 
 
 def _prefers_fused(q: Tensor, k: Tensor, bias: Tensor | None) -> bool:

@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-from . import bit, cvt, deit, hybrid, resnet, vit
+from . import bit, cvt, deit, hybrid, resnet, swin, vit
 from .backbone import Segmenter, as_backbone
 from .base import Model
 
 FAMILIES: dict[str, ModuleType] = {
-    "vit": vit, "deit": deit, "resnet": resnet, "bit": bit, "hybrid": hybrid, "cvt": cvt,
+    "vit": vit, "deit": deit, "resnet": resnet, "bit": bit, "hybrid": hybrid, "cvt": cvt, "swin": swin,
 }  # fmt: skip
 MODELS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.VARIANTS.items()}
 

@@ -84,6 +84,15 @@ class Model(nn.Module, ABC):
     def layer_ids(self) -> dict[str, int]:
         """{parameter name: depth}: 0 for the stem up to L + 1 for the head, for layer-wise learning-rate decay."""
 
+    @classmethod
+    def replan(cls, built: Any, asked: Any) -> tuple[Any, list[str]]:
+        """The config under which weights built for one config serve another one (input size, windows), and what to report."""
+        return asked, []
+
+    def refit(self, name: str, found: Tensor, built: Any) -> Tensor | None:
+        """A checkpoint's tensor of another shape, built for config `built`, as this model needs it; None if there is no way."""
+        return None
+
     def no_weight_decay(self) -> set[str]:
         """Parameters that are no weights of a product: tokens and positions (one-dimensional ones go without saying)."""
         return set()
