@@ -17,7 +17,7 @@ from vitrail.config import ModelCard, Preprocess
 from vitrail.layers.position import resize_grid, resize_line
 from vitrail.models import FAMILIES, MODELS, Model, build, family_of, override
 
-from . import bit, cvt, deit, hub, hybrid, identity, resnet, swin, vit, vit_google
+from . import bit, cvt, deit, hub, hybrid, identity, resnet, swin, swin_torchvision, vit, vit_google
 from .identity import Origin
 from .io import (
     find_weights,
@@ -35,7 +35,7 @@ from .sources import Source
 
 SOURCES: tuple[Source, ...] = (
     *vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES, *hybrid.SOURCES, *cvt.SOURCES,
-    *swin.SOURCES,
+    *swin.SOURCES, *swin_torchvision.SOURCES,
 )  # fmt: skip
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
 _NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth")

@@ -1,4 +1,4 @@
-"""Swin checkpoints, v1 and v2: timm, torchvision, transformers and the original code (microsoft/Swin-Transformer)."""
+"""Swin checkpoints, v1 and v2: timm, transformers and the original code; torchvision's are in `swin_torchvision`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitrail.config import ModelCard, Preprocess
-from vitrail.layers.position import grid_side, log_offsets, window_offsets
+from vitrail.layers.position import grid_side
 from vitrail.models.swin import VARIANTS, SwinConfig, grids
 
-from .mapping import CheckpointError, Rule, constant, drop, fuse, rename, transform
+from .mapping import CheckpointError, Rule, drop, fuse, rename
 from .sources import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -32,7 +31,7 @@ State = Mapping[str, Tensor]
 Hints = Mapping[str, Any]
 
 
-def _build(state: State, hints: Hints, stage: str, table: str, scale: str, **known: Any) -> tuple[SwinConfig, list[str]]:
+def build_config(state: State, hints: Hints, stage: str, table: str, scale: str, **known: Any) -> tuple[SwinConfig, list[str]]:
     """A config from shapes; windows and image size come from what is `known`, from tables, from published rows, or a guess.
 
     `stage` is the name of a stage's blocks with {s}, `table` and `scale` the places of v1's bias table and v2's logit scale in
@@ -101,16 +100,18 @@ def _name(files: Files) -> str:
     return str(files.get("", {}).get("name", ""))
 
 
-def _width(patch_weight: Tensor, hidden: Tensor) -> dict[str, Any]:
+def stem(patch_weight: Tensor, hidden: Tensor) -> dict[str, Any]:
+    """What the patch embedding and the first layer of an MLP tell."""
     width, channels, *patch = patch_weight.shape
     return {"width": width, "in_channels": channels, "patch": tuple(patch), "mlp_ratio": hidden.shape[0] / width}
 
 
-def _classes(state: State, key: str) -> int:
+def classes(state: State, key: str) -> int:
+    """Rows of a classifier, 0 without one."""
     return state[key].shape[0] if key in state else 0
 
 
-def _like(config: SwinConfig, project: str, needed: dict[str, Any], **rule: Any) -> None:
+def check_plan(config: SwinConfig, project: str, needed: dict[str, Any], **rule: Any) -> None:
     """Raise CheckpointError when the project's Swin has not these parts, or by its own rule plans other windows."""
     for name, value in ({"norm_eps": 1e-5} | needed).items():
         if getattr(config, name) != value:
@@ -171,12 +172,12 @@ def _timm_rules(config: SwinConfig, downsample: int = 0, head: str = "head.fc") 
 
 
 def _timm_shapes(state: State, hints: Hints, head: str, **known: Any) -> tuple[SwinConfig, list[str]]:
-    return _build(
+    return build_config(
         state, hints, "layers.{s}.blocks.", "attn.relative_position_bias_table", "attn.logit_scale",
-        num_classes=_classes(state, head + ".weight"),
+        num_classes=classes(state, head + ".weight"),
         qkv_bias="layers.0.blocks.0.attn.qkv.bias" in state or "layers.0.blocks.0.attn.q_bias" in state,
         position_table="absolute_pos_embed" in state,
-        **(_width(state["patch_embed.proj.weight"], state["layers.0.blocks.0.mlp.fc1.weight"]) | known),
+        **(stem(state["patch_embed.proj.weight"], state["layers.0.blocks.0.mlp.fc1.weight"]) | known),
     )  # fmt: skip
 
 
@@ -196,16 +197,17 @@ def _timm_infer(state: State, files: Files, hints: Hints) -> tuple[SwinConfig, l
 
 def _timm_card(config: SwinConfig, files: Files) -> ModelCard:
     fraction = 0.9 if config.image_size[0] < 384 else 1.0
-    return timm_card(config.image_size, files, _preprocess(config, fraction))
+    return timm_card(config.image_size, files, preprocess(config, fraction))
 
 
-def _preprocess(config: SwinConfig, fraction: float) -> Preprocess:
+def preprocess(config: SwinConfig, fraction: float) -> Preprocess:
+    """Swin's pictures: ImageNet's statistics, bicubic, the crop a part of the resized picture."""
     return Preprocess(config.image_size, config.in_channels, "crop", fraction, "bicubic", IMAGENET_MEAN, IMAGENET_STD)
 
 
 def _timm_export(config: SwinConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
     fit = "always" if config.fit == "always" else "built"
-    _like(config, "timm", {"position_table": False}, fit=fit, pad_first=False)
+    check_plan(config, "timm", {"position_table": False}, fit=fit, pad_first=False)
     args: dict[str, Any] = {
         "img_size": list(config.image_size), "patch_size": config.patch[0], "embed_dim": config.width,
         "depths": list(config.depths), "num_heads": list(config.heads), "window_size": config.window[0],
@@ -251,11 +253,11 @@ def _unit(table: Tensor) -> tuple[int, int]:
 
 
 def _ms_card(config: SwinConfig, files: Files) -> ModelCard:
-    return ModelCard(preprocess=_preprocess(config, 0.875))  # resize to 256 / 224 of the size, then crop
+    return ModelCard(preprocess=preprocess(config, 0.875))  # resize to 256 / 224 of the size, then crop
 
 
 def _ms_export(config: SwinConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
-    _like(config, "microsoft", {}, fit="built_both", pad_first=True)
+    check_plan(config, "microsoft", {}, fit="built_both", pad_first=True)
     return {}
 
 
@@ -315,26 +317,26 @@ def _hf_infer(state: State, files: Files, hints: Hints) -> tuple[SwinConfig, lis
     two = root == "swinv2."
     if two and root + "embeddings.position_embeddings" in state:
         raise CheckpointError("transformers' Swinv2 with absolute positions has one position too many and cannot run itself")
-    return _build(
+    return build_config(
         state, hints, root + "encoder.layers.{s}.blocks.", "attention.self.relative_position_bias_table",
-        "attention.self.logit_scale", num_classes=_classes(state, "classifier.weight"),
+        "attention.self.logit_scale", num_classes=classes(state, "classifier.weight"),
         qkv_bias=block + "attention.self.query.bias" in state, position_table=root + "embeddings.position_embeddings" in state,
         norm_eps=float(settings.get("layer_norm_eps", 1e-5)), fit="built_both" if two else "call_both",
         mask_value=-200.0 if two else -100.0,
-        **_width(state[root + "embeddings.patch_embeddings.projection.weight"], state[block + "intermediate.dense.weight"]),
+        **stem(state[root + "embeddings.patch_embeddings.projection.weight"], state[block + "intermediate.dense.weight"]),
         **known,
     )  # fmt: skip
 
 
 def _hf_card(config: SwinConfig, files: Files) -> ModelCard:
-    default = _preprocess(config, 1.0)
+    default = preprocess(config, 1.0)
     card = transformers_card(config.image_size, files, default)
     return card if "preprocessor_config.json" in files else dataclasses.replace(card, preprocess=default)
 
 
 def _hf_export(config: SwinConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
     needed = {"position_table": False} if config.version == 2 else {}
-    _like(config, "transformers", needed, fit="call_both" if config.version == 1 else "built_both", pad_first=True)
+    check_plan(config, "transformers", needed, fit="call_both" if config.version == 1 else "built_both", pad_first=True)
     kind = "Swin" if config.version == 1 else "Swinv2"
     square = config.image_size[0] == config.image_size[1]
     settings: dict[str, Any] = {
@@ -348,99 +350,6 @@ def _hf_export(config: SwinConfig, card: ModelCard) -> dict[str, dict[str, Any]]
     if config.version == 2:
         settings["pretrained_window_sizes"] = _pretrained(config)
     return transformers_files(config, card, settings, "ViTImageProcessor")
-
-
-# torchvision ----------------------------------------------------------------------------------------------------------
-
-
-def _tv_rules(config: SwinConfig) -> list[Rule]:
-    rules = [
-        *rename("embed.proj.{weight,bias}", "features.0.0.{weight,bias}"),
-        *rename("embed_norm.{weight,bias}", "features.0.2.{weight,bias}"),
-        *rename("norm.{weight,bias}", "norm.{weight,bias}"),
-        *rename("head.linear.{weight,bias}", "head.{weight,bias}"),
-    ]
-    for s, depth in enumerate(config.depths):
-        ours, theirs = f"stages.{s}.blocks." + "{i}.", f"features.{2 * s + 1}." + "{i}."
-        rules += [
-            *rename(ours + "{norm1,norm2}.{weight,bias}", theirs + "{norm1,norm2}.{weight,bias}"),
-            *rename(ours + "attn.proj.{weight,bias}", theirs + "attn.proj.{weight,bias}"),
-            *rename(ours + "attn.qkv.weight", theirs + "attn.qkv.weight"),
-            *rename(ours + "attn.bias.table", theirs + "attn.relative_position_bias_table"),
-            *rename(ours + "attn.logit_scale", theirs + "attn.logit_scale"),
-            *rename(ours + "attn.bias.fc1.{weight,bias}", theirs + "attn.cpb_mlp.0.{weight,bias}"),
-            *rename(ours + "attn.bias.fc2.weight", theirs + "attn.cpb_mlp.2.weight"),
-            *rename(ours + "mlp.{fc1,fc2}.{weight,bias}", theirs + "mlp.{0,3}.{weight,bias}"),
-        ]
-        if config.version == 1:
-            rules += rename(ours + "attn.qkv.bias", theirs + "attn.qkv.bias")
-        else:
-            rules += transform(ours + "attn.qv_bias", theirs + "attn.qkv.bias", _without_keys, _with_keys)
-        for i in range(depth):
-            rules += _tv_buffers(config, s, f"features.{2 * s + 1}.{i}.attn.")
-        if s:
-            merge = f"features.{2 * s}."
-            rules += rename(f"stages.{s}.merge." + "norm.{weight,bias}", merge + "norm.{weight,bias}")
-            rules += rename(f"stages.{s}.merge.reduction.weight", merge + "reduction.weight")
-    return rules
-
-
-def _without_keys(bias: Tensor) -> Tensor:
-    """torchvision's v2 stores a bias of the keys too, which it replaces by zeros whenever it computes."""
-    q, _, v = bias.chunk(3)
-    return torch.cat([q, v])
-
-
-def _with_keys(bias: Tensor) -> Tensor:
-    q, v = bias.chunk(2)
-    return torch.cat([q, torch.zeros_like(q), v])
-
-
-def _tv_buffers(config: SwinConfig, stage: int, name: str) -> list[Rule]:
-    """What torchvision keeps in its state dicts although the window decides it."""
-    window = config.windows[stage]
-    shape = (1, 2 * window[0] - 1, 2 * window[1] - 1, 2)
-    rules = constant(name + "relative_position_index", lambda: window_offsets(window))
-    if config.version == 2:
-        rules += constant(name + "relative_coords_table", lambda: log_offsets(window, window).view(shape))
-    return rules
-
-
-def _tv_infer(state: State, files: Files, hints: Hints) -> tuple[SwinConfig, list[str]]:
-    blocks = {f"layers.{key}": value for key, value in _tv_stages(state).items()}
-    coordinates = state.get("features.1.0.attn.relative_coords_table")
-    window = None if coordinates is None else tuple((side + 1) // 2 for side in coordinates.shape[1:3])
-    return _build(
-        blocks, hints, "layers.{s}.", "attn.relative_position_bias_table", "attn.logit_scale", window=window, fit="call",
-        num_classes=_classes(state, "head.weight"), qkv_bias="features.1.0.attn.qkv.bias" in state,
-        **_width(state["features.0.0.weight"], state["features.1.0.mlp.0.weight"]),
-    )  # fmt: skip
-
-
-def _tv_stages(state: State) -> dict[str, Tensor]:
-    """Tensors of blocks, with the stages counted through instead of at odd places."""
-    found = {}
-    for key, value in state.items():
-        hit = re.match(r"features\.(\d+)\.(\d+\..*)", key)
-        if hit and int(hit[1]) % 2:
-            found[f"{int(hit[1]) // 2}.{hit[2]}"] = value
-    return found
-
-
-# Sides that torchvision's recipes resize to before the crop, by version and (width, depth of the third stage).
-_TV_RESIZE = {(1, 96, 6): 232, (1, 96, 18): 246, (1, 128, 18): 238, (2, 96, 6): 260, (2, 96, 18): 260, (2, 128, 18): 272}
-
-
-def _tv_card(config: SwinConfig, files: Files) -> ModelCard:
-    resized = _TV_RESIZE.get((config.version, config.width, max(config.depths)))
-    fraction = config.image_size[0] / resized if resized and config.image_size[0] <= resized else 0.875
-    return ModelCard(preprocess=_preprocess(config, fraction))
-
-
-def _tv_export(config: SwinConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
-    _like(config, "torchvision", {"position_table": False, "in_channels": 3, "pretrained_windows": (), "qkv_bias": True},
-          fit="call", pad_first=True)  # fmt: skip
-    return {}
 
 
 def _has_blocks(state: State) -> bool:
@@ -460,15 +369,10 @@ def _is_hf(state: State) -> bool:
     return any(key.endswith("encoder.layers.0.blocks.0.attention.self.query.weight") for key in state)
 
 
-def _is_tv(state: State) -> bool:
-    return "features.0.2.weight" in state and "features.1.0.attn.qkv.weight" in state
-
-
 SOURCES = (
     Source("timm", "swin", _is_timm, _timm_infer, _timm_rules, _timm_card, _timm_export),
     Source(
         "microsoft", "swin", _is_original, _ms_infer, _ms_rules, _ms_card, _ms_export, container="model.pth", inside="model"
     ),
     Source("transformers", "swin", _is_hf, _hf_infer, _hf_rules, _hf_card, _hf_export, _hf_clean),
-    Source("torchvision", "swin", _is_tv, _tv_infer, _tv_rules, _tv_card, _tv_export),
 )
