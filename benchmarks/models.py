@@ -28,11 +28,12 @@ from benchmarks.results import bootstrap_interval, machine, merge
 from vitrail.checkpoints.mapping import write
 from vitrail.checkpoints.store import SOURCES, load_model
 from vitrail.cost import count_flops, matmul_peak, memory_format
-from vitrail.models import MODELS, Model, create_model
+from vitrail.models import Model, create_model
 
 BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8,
          "deit_small_distilled_patch16_224": 8, "resnetv2_50x1_bit": 8, "vit_base_r50_s16_224": 4,
-         "cvt_13": 8, "swin_tiny_patch4_window7_224": 8}  # fmt: skip
+         "cvt_13": 8, "swin_tiny_patch4_window7_224": 8, "mvitv2_tiny": 8, "mvit_base_16x4": 1,
+         "mvitv2_small_16x4": 1}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {"cvt_13": {"activation": "gelu"}}  # where the peer computes other than the authors
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
@@ -69,6 +70,8 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
         return {"timm": lambda: _timm(name, model)}
     if model.family == "swin":
         return {"timm": lambda: _timm(name, model, drop_path_rate=0.0), "torchvision": lambda: _torchvision_swin(model)}
+    if model.family == "mvit":
+        return {"torchvision": lambda: _torchvision_mvit(model)} if model.takes_clips else {"timm": lambda: _timm(name, model)}
     if model.family == "bit":
         return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_bit(model)}
     if model.family == "cvt":
@@ -78,6 +81,11 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
         "torchvision": lambda: _torchvision_vit(model),
         "transformers": lambda: _transformers_vit(model),
     }
+
+
+def naming(model: Model) -> str:
+    """The project in whose naming gradients are compared: timm, or where it lacks the model the peer that has it."""
+    return "transformers" if model.family == "cvt" else "torchvision" if model.takes_clips else "timm"
 
 
 def translate(model: Model, project: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,6 +126,16 @@ def _torchvision_vit(model: Model) -> Side:
 
     c = model.config
     peer = torchvision.models.VisionTransformer(c.image_size[0], c.patch[0], c.depth, c.heads, c.width, c.mlp_dim)
+    peer.load_state_dict(translate(model, "torchvision", model.state_dict()))
+    return Side("torchvision", peer, peer)
+
+
+def _torchvision_mvit(model: Model) -> Side:
+    import torchvision
+
+    video = torchvision.models.video
+    build = video.mvit_v2_s if model.config.relative else video.mvit_v1_b
+    peer = build(dropout=0.0, stochastic_depth_prob=0.0)
     peer.load_state_dict(translate(model, "torchvision", model.state_dict()))
     return Side("torchvision", peer, peer)
 
@@ -228,7 +246,7 @@ def flat_gradient(model: Model) -> Callable[[Side], Tensor]:
     def flatten(side: Side) -> Tensor:
         grads = {n: p.grad for n, p in side.model.named_parameters() if p.grad is not None}
         if side.name == "vitrail":
-            grads = translate(model, "transformers" if model.family == "cvt" else "timm", grads)
+            grads = translate(model, naming(model), grads)
         elif model.family == "cvt":
             pass  # transformers' modules are called as in its files
         elif side.name == "transformers":
@@ -313,11 +331,12 @@ def time_pairs(
 
 @functools.cache
 def pictures(name: str, device: str) -> tuple[Tensor, Tensor]:
-    """The batch of a model: noise pictures and random labels."""
+    """The batch of a model: noise pictures or clips, and random labels."""
     torch.manual_seed(1)
-    return torch.randn(BATCH[name], 3, *MODELS[name].image_size, device=device), torch.randint(
-        1000, (BATCH[name],), device=device
-    )
+    with torch.device("meta"):
+        model = create_model(name)
+    x = torch.randn(BATCH[name], *model.input_shape, device=device)
+    return x, torch.randint(model.config.num_classes, (BATCH[name],), device=device)
 
 
 @functools.cache

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import itertools
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +11,11 @@ from hypothesis import strategies as st
 
 from vitrail.layers.position import (
     RESIZE_RULES,
+    ClipPosition,
     PositionConfig,
     RelativePosition,
     grid_side,
+    relative_index,
     resize_grid,
     resize_line,
     sincos_2d,
@@ -69,9 +75,9 @@ def test_sincos_order_and_range() -> None:
 
 
 def test_relative_bias_depends_on_the_offset_only() -> None:
-    position = RelativePosition(head_dim=6, grid=(3, 4), prefix=1)
+    position = RelativePosition(6, (1, 3, 4), (1, 3, 4), prefix=1)
     query = torch.randn(6).expand(1, 2, 13, 6)  # every token asks the same question
-    bias = position(query, (3, 4))
+    bias = position(query, (1, 3, 4))
     assert bias.shape == (1, 2, 13, 13)
     assert not bias[:, :, 0].any()
     assert not bias[:, :, :, 0].any()
@@ -82,14 +88,56 @@ def test_relative_bias_depends_on_the_offset_only() -> None:
 
 
 def test_relative_bias_against_explicit_sums() -> None:
-    position = RelativePosition(head_dim=6, grid=(2, 3), prefix=0)
+    position = RelativePosition(6, (1, 2, 3), (1, 2, 3), prefix=0)
     query = torch.randn(1, 1, 6, 6)
-    bias = position(query, (2, 3))[0, 0]
+    bias = position(query, (1, 2, 3))[0, 0]
     for i in range(6):
         for j in range(6):
             dy, dx = i // 3 - j // 3, i % 3 - j % 3
             expected = query[0, 0, i] @ (position.rows[dy + 1] + position.columns[dx + 2]) / 6**0.5
             torch.testing.assert_close(bias[i, j], expected)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (8, 2), (2, 8), (7, 3), (3, 7), (5, 4), (1, 1)])
+def test_offsets_between_coarse_and_fine(queries: int, keys: int) -> None:
+    index = relative_index(queries, keys)
+    assert index.shape == (queries, keys)
+    for i in range(queries):
+        for j in range(keys):
+            fine = Fraction(i * max(keys, queries), queries) - Fraction(j * max(keys, queries), keys)
+            first = Fraction((keys - 1) * max(keys, queries), keys)
+            assert index[i, j] == math.floor(fine + first)
+    assert 0 <= index.min() <= index.max() <= 2 * max(queries, keys) - 2
+
+
+def test_relative_bias_over_time_and_between_grids() -> None:
+    queries, keys, d = (2, 2, 4), (2, 1, 2), 6
+    position = RelativePosition(d, queries, keys, prefix=1, time=True, scaled=False)
+    for table in position.parameters():
+        torch.nn.init.normal_(table)
+    q = torch.randn(1, 2, 17, d)
+    bias = position(q, queries, keys)
+    assert bias.shape == (1, 2, 17, 5)
+    assert not bias[:, :, 0].any()
+    assert not bias[..., 0].any()
+    grid = bias[0, 1, 1:, 1:].view(*queries, *keys)
+    asking = q[0, 1, 1:].view(*queries, d)
+    for t, y, x in itertools.product(range(2), range(2), range(4)):
+        for s, v, u in itertools.product(range(2), range(1), range(2)):
+            vector = position.frames[t - s + 1] + position.rows[y] + position.columns[x - 2 * u + 2]
+            torch.testing.assert_close(grid[t, y, x, s, v, u], asking[t, y, x] @ vector)
+
+
+def test_a_separable_table_is_the_sum_of_its_parts() -> None:
+    position = ClipPosition("separable", 8, (2, 3, 4), prefix=1)
+    table = position((2, 3, 4))
+    assert table.shape == (1, 25, 8)
+    torch.testing.assert_close(table[0, 1 + 12 + 5], position.places[0, 5] + position.frames[0, 1])
+    torch.testing.assert_close(table[:, :1], position.prefix_table)
+    assert position((3, 6, 8)).shape == (1, 145, 8)
+    joint = ClipPosition("joint", 8, (2, 3, 4), prefix=0)
+    assert torch.equal(joint((2, 3, 4)), joint.table)
+    assert joint((4, 3, 5)).shape == (1, 60, 8)
 
 
 def test_words_are_checked() -> None:

@@ -74,7 +74,7 @@ class TestEveryFamily:
         model = create_model(name, num_classes=5)
         torch.nn.init.normal_(model.head.linear.weight)
         for module in model.modules():  # a zero gain at the end of a branch hides the gradients before it
-            if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.GroupNorm, torch.nn.LayerNorm)):
                 torch.nn.init.ones_(module.weight)
         model(example(model, 4)).square().sum().backward()
         silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]

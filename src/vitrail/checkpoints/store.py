@@ -14,10 +14,25 @@ from torch import Tensor
 
 from vitrail import config as settings
 from vitrail.config import ModelCard, Preprocess
-from vitrail.layers.position import resize_grid, resize_line
+from vitrail.layers.position import ClipPosition, RelativePosition, resize_grid, resize_line
 from vitrail.models import FAMILIES, MODELS, Model, build, family_of, override
 
-from . import bit, cvt, deit, hub, hybrid, identity, resnet, swin, swin_torchvision, vit, vit_google
+from . import (
+    bit,
+    cvt,
+    deit,
+    hub,
+    hybrid,
+    identity,
+    mvit,
+    resnet,
+    slowfast,
+    swin,
+    swin_torchvision,
+    vit,
+    vit_google,
+    x3d,
+)
 from .identity import Origin
 from .io import (
     find_weights,
@@ -34,6 +49,7 @@ from .mapping import CheckpointError, Report, State, read, write
 from .sources import Source
 
 SOURCES: tuple[Source, ...] = (
+    *mvit.SOURCES, *x3d.SOURCES, *slowfast.SOURCES,  # before ViT, whose names are fewer
     *vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES, *hybrid.SOURCES, *cvt.SOURCES,
     *swin.SOURCES, *swin_torchvision.SOURCES,
 )  # fmt: skip
@@ -49,12 +65,13 @@ def load_model(
     state dict in memory, a repository of the hub ("timm/vit_base_patch16_224.augreg_in21k", "hf-hub:owner/name@revision") or
     a URL.
 
-    The naming (ours, timm, transformers, torchvision, the authors') and the configuration are found from the file.
-    `overrides` are fields of the family's config and decide what shapes cannot tell (heads=..., built_size=(h, w)); a new
-    image_size resizes the position tables, a new num_classes rebuilds the head with zeros. preprocess: a `Preprocess`, a
-    mapping of its fields, "imagenet" or "half" (mean and std), or the name of published weights; by default what the file, the
-    configuration beside it or its name says. What happened is printed in a short table to stderr whenever it is more than a
-    plain load, guesses are called guesses. Raises CheckpointError for files that cannot be used or fetched.
+    The naming (ours, timm, transformers, torchvision, pytorchvideo, the authors') and the configuration are found from
+    the file. `overrides` are fields of the family's config and decide what shapes cannot tell (heads=..., key_strides=...,
+    built_size=(h, w)); a new image_size resizes the position tables, a new num_classes rebuilds the head with zeros.
+    preprocess: a `Preprocess`, a mapping of its fields, "imagenet" or "half" (mean and std), or the name of published
+    weights; by default what the file, the configuration beside it or its name says. What happened is printed in a short table
+    to stderr whenever it is more than a plain load, guesses are called guesses. Raises CheckpointError for files that cannot
+    be used or fetched.
     """
     state, origin = _open(source)
     report = Report(source=origin.name)
@@ -95,10 +112,10 @@ def load_checkpoint_card(source: str | Path) -> tuple[str, ModelCard | None]:
 def save_model(model: Model, path: str | Path, format: str = "vitrail", card: ModelCard | None = None) -> Path:
     """Write a model as a whole, to a folder (or, for "vitrail", a file ending in .safetensors); returns the weights' path.
 
-    format: vitrail, timm, transformers, torchvision, google or microsoft, where that project has the family; its own loader
-    then reads the folder strictly and gives the same logits. Labels and preprocessing (`card`, by default the model's)
-    travel along. Raises ValueError for an unknown format and CheckpointError for a model that the project's architecture
-    cannot hold.
+    format: vitrail, timm, transformers, torchvision, google, microsoft, pytorchvideo or pyslowfast, where that project has the
+    family; its own loader then reads the folder strictly and gives the same logits. Labels and preprocessing (`card`, by
+    default the model's) travel along. Raises ValueError for an unknown format and CheckpointError for a model that the
+    project's architecture cannot hold.
     """
     path, card = Path(path), card or model.card or ModelCard()
     if format not in FORMATS:
@@ -116,7 +133,7 @@ def save_model(model: Model, path: str | Path, format: str = "vitrail", card: Mo
     def fill(folder: Path) -> None:
         if source.container.endswith(".npz"):
             write_npz(folder / source.container, written)
-        elif source.container.endswith(".pth"):
+        elif source.container.endswith((".pth", ".pyth")):
             write_torch(folder / source.container, written, source.inside)
         else:
             write_safetensors(folder / source.container, written, {"format": "pt"})
@@ -312,6 +329,9 @@ def _fill(model: Model, state: State, report: Report, name: str, built: Any) -> 
 def _refit(model: Model, key: str, found: Tensor, wanted: Tensor, built: Any) -> Tensor | None:
     """A tensor of another input size or channel count as this model needs it, or None when there is no such reading."""
     part = key.split(".")
+    owner: Any = model.get_submodule(".".join(part[:-1]))
+    if isinstance(owner, (ClipPosition, RelativePosition)):
+        return owner.refit(part[-1], found)
     if "positions" in part:
         at = part.index("positions")
         module: Any = model.get_submodule(".".join(part[: at + 2]))
@@ -322,7 +342,8 @@ def _refit(model: Model, key: str, found: Tensor, wanted: Tensor, built: Any) ->
         return None if old is None else torch.cat(
             [found[:, :prefix], resize_grid(found[0, prefix:], old, module.grid, module.rule)[None]], 1
         )  # fmt: skip
-    if key.endswith(("embed.proj.weight", "stem.conv.weight")) and found.shape[2:] == wanted.shape[2:] and found.ndim == 4:
+    stems = ("embed.proj.weight", "embed.weight", "stem.conv.weight", "stem_space.conv.weight")
+    if key.endswith(stems) and found.shape[2:] == wanted.shape[2:] and found.ndim >= 4:
         return _adapt_channels(found, wanted.shape[1])
     return model.refit(key, found, built)
 
@@ -341,4 +362,4 @@ def _old_grid(count: int, config: Any) -> tuple[int, int] | None:
 def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
     """A stem for another number of channels that answers alike to a picture repeated over channels: its mean, spread."""
     mean = weight.mean(1, keepdim=True) * weight.shape[1] / channels
-    return mean.expand(-1, channels, -1, -1).contiguous()
+    return mean.expand(-1, channels, *weight.shape[2:]).contiguous()

@@ -101,16 +101,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around an activation, dropout after each."""
+    """Two linear layers around an activation, dropout after each; `out` channels if not as many as come in."""
 
-    def __init__(self, width: int, hidden: int, activation: str = "gelu", dropout: float = 0.0):
+    def __init__(self, width: int, hidden: int, activation: str = "gelu", dropout: float = 0.0, out: int | None = None):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.act = ACTIVATIONS[activation]()
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = nn.Linear(hidden, out or width)
         self.dropout = dropout
 
-    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b e"]:
         """Position-wise."""
         x = self.act(self.fc1(x))
         if self.dropout and self.training:

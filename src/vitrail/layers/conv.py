@@ -1,4 +1,4 @@
-"""Convolution parts."""
+"""Convolution parts, for pictures and clips."""
 
 from __future__ import annotations
 
@@ -12,29 +12,47 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 ReLU = partial(nn.ReLU, inplace=True)  # what it overwrites (a normalised map, a sum) is needed by nobody else
+Volume = tuple[int, int, int]
 
 
 class ConvNorm(nn.Module):
-    """Bias-free convolution, batch normalisation and, unless `act` is None, an activation.
+    """Bias-free convolution, batch normalisation (unless `norm` is off) and, unless `act` is None, an activation.
 
-    `fold()` merges the normalisation into the convolution for inference.
+    A kernel of one number makes it two-dimensional, of three (time, height, width) three-dimensional; the padding keeps the
+    size up to the stride. `fold()` merges the normalisation into the convolution for inference.
     """
 
     def __init__(
-        self, cin: int, cout: int, kernel: int, stride: int = 1, act: Callable[[], nn.Module] | None = ReLU, groups: int = 1
+        self,
+        cin: int,
+        cout: int,
+        kernel: int | Volume,
+        stride: int | Volume = 1,
+        act: Callable[[], nn.Module] | None = ReLU,
+        groups: int = 1,
+        norm: bool = True,
     ):
         super().__init__()
-        self.conv = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
-        self.norm: nn.Module = nn.BatchNorm2d(cout)
+        if isinstance(kernel, int):
+            assert isinstance(stride, int)
+            self.conv: nn.Conv2d | nn.Conv3d = nn.Conv2d(cin, cout, kernel, stride, kernel // 2, groups=groups, bias=False)
+            self.norm: nn.Module = nn.BatchNorm2d(cout)
+        else:
+            padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
+            self.conv = nn.Conv3d(cin, cout, kernel, stride, padding, groups=groups, bias=False)
+            self.norm = nn.BatchNorm3d(cout)
+        if not norm:
+            self.norm = nn.Identity()
         self.act = act() if act is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, cin, h, w) to (b, cout, h', w')."""
-        return self.act(self.norm(convolve(self.conv, x)))
+        """(b, cin, [t,] h, w) to (b, cout, [t',] h', w')."""
+        y = convolve(self.conv, x) if isinstance(self.conv, nn.Conv2d) else self.conv(x)
+        return self.act(self.norm(y))
 
     def fold(self) -> None:
         """Replace convolution and normalisation by one convolution of the same function in eval mode."""
-        if isinstance(self.norm, nn.BatchNorm2d):
+        if isinstance(self.norm, (nn.BatchNorm2d, nn.BatchNorm3d)):
             self.conv = nn.utils.fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
             self.norm = nn.Identity()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .attention import AttentionSite, attend
 from .block import MLP
+from .features import Features
 
 
 class AttentionPool(nn.Module):
@@ -57,3 +59,12 @@ class ClassifierHead(nn.Module):
     def represent(self, x: Float[Tensor, "b c"]) -> Float[Tensor, "b r"]:
         """What the linear layer sees ("pre-logits")."""
         return x if self.representation is None else torch.tanh(self.representation(x))
+
+
+def window_means(features: Features, window: tuple[int, int, int]) -> Float[Tensor, "b p c"]:
+    """Means of the map under a (T, H, W) window at all its positions, where a network is run fully convolutionally.
+
+    A window larger than the map is cut to it.
+    """
+    t, h, w = (min(side, size) for side, size in zip(window, features.grid, strict=True))
+    return F.avg_pool3d(features.maps(), (t, h, w), 1).flatten(2).transpose(1, 2)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+Grid = tuple[int, int, int]
 KINDS = ("none", "1d", "2d", "sincos", "relative")
 PLACES = ("stem", "layers", "shared")
 RESIZE_RULES = ("bicubic", "bicubic_plain", "bilinear_corners", "nearest")
@@ -141,37 +142,110 @@ class PositionTable(nn.Module):
 
 
 def relative_index(queries: int, keys: int | None = None) -> Tensor:
-    """Index (queries, keys) into a table of offsets query - key, shifted to start at 0."""
+    """Index (queries, keys) into a table of offsets query - key, shifted to start at 0.
+
+    Where one side is coarser, its steps count as many of the finer side's (MViT v2, arXiv 2112.01526, section 4.1), rounded
+    down; the table has 2 * max(queries, keys) - 1 rows.
+    """
     keys = queries if keys is None else keys
-    return torch.arange(queries)[:, None] - torch.arange(keys)[None] + keys - 1
+    i, j = torch.arange(queries)[:, None], torch.arange(keys)[None]
+    if queries >= keys:
+        return i + (keys - 1 - j) * queries // keys
+    return i * keys // queries + keys - 1 - j
 
 
 class RelativePosition(nn.Module):
     """Relative attention: the query meets a learned vector per offset, the products bias the logits (ViT, appendix D.4).
 
-    The paper counts offsets in raster order; here rows and columns have a table each, (2 H - 1, d) and (2 W - 1, d), whose
-    products add up, because raster offsets make patches at opposite edges neighbours. Prefix tokens get no bias.
+    The ViT paper counts offsets in raster order; here rows, columns and, with `time`, frames have a table each, whose
+    products add up (MViT v2, section 4.1), because raster offsets make patches at opposite edges neighbours. Queries and keys
+    may lie on grids (T, H, W) of different coarseness. Prefix tokens get no bias. `scaled`: the products are scaled like the
+    logits (MViT v2: they are not).
     """
 
-    def __init__(self, head_dim: int, grid: tuple[int, int], prefix: int):
+    def __init__(self, head_dim: int, queries: Grid, keys: Grid, prefix: int, *, time: bool = False, scaled: bool = True):
         super().__init__()
-        self.grid, self.prefix = grid, prefix
-        self.rows = nn.Parameter(torch.empty(2 * grid[0] - 1, head_dim))
-        self.columns = nn.Parameter(torch.empty(2 * grid[1] - 1, head_dim))
-        nn.init.trunc_normal_(self.rows, std=0.02)
-        nn.init.trunc_normal_(self.columns, std=0.02)
+        self.prefix, self.scaled = prefix, scaled
+        lengths = [2 * max(q, k) - 1 for q, k in zip(queries, keys, strict=True)]
+        self.frames = nn.Parameter(torch.empty(lengths[0], head_dim)) if time else None
+        self.rows = nn.Parameter(torch.empty(lengths[1], head_dim))
+        self.columns = nn.Parameter(torch.empty(lengths[2], head_dim))
+        for table in self.parameters():
+            nn.init.trunc_normal_(table, std=0.02)
 
-    def forward(self, q: Float[Tensor, "b k n d"], grid: tuple[int, int]) -> Float[Tensor, "b k n n"]:
-        """The bias of the scaled logits for queries on a grid of (rows, columns)."""
-        h, w = grid
-        scale = q.shape[-1] ** -0.5
-        patches = (q[:, :, self.prefix :] * scale).unflatten(2, (h, w))
-        rows = resize_line(self.rows, 2 * h - 1)[relative_index(h).to(q.device)]  # h h d
-        columns = resize_line(self.columns, 2 * w - 1)[relative_index(w).to(q.device)]  # w w d
-        by_row = torch.einsum("bkhwd,hyd->bkhwy", patches, rows.to(q.dtype))
-        by_column = torch.einsum("bkhwd,wxd->bkhwx", patches, columns.to(q.dtype))
-        bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
-        return F.pad(bias, (self.prefix, 0, self.prefix, 0))
+    def forward(self, q: Float[Tensor, "b k n d"], queries: Grid, keys: Grid | None = None) -> Float[Tensor, "b k n m"]:
+        """The bias of the scaled logits for queries on one grid and keys on another (by default the same)."""
+        keys = queries if keys is None else keys
+        patches = q[:, :, self.prefix :].unflatten(2, queries)  # b k t h w d
+        if self.scaled:
+            patches = patches * q.shape[-1] ** -0.5
+        by_row = torch.einsum("bkthwd,hyd->bkthwy", patches, _offsets(self.rows, queries[1], keys[1]).to(q.dtype))
+        by_column = torch.einsum("bkthwd,wxd->bkthwx", patches, _offsets(self.columns, queries[2], keys[2]).to(q.dtype))
+        bias = (by_row[..., :, None] + by_column[..., None, :]).flatten(5)  # b k t h w (y x)
+        if self.frames is not None:
+            vectors = _offsets(self.frames, queries[0], keys[0]).to(q.dtype)
+            by_frame = torch.einsum("bkthwd,tsd->bkthws", patches, vectors)
+            bias = (by_frame[..., :, None] + bias[..., None, :]).flatten(5)  # b k t h w (s y x)
+        elif keys[0] > 1:
+            bias = bias.repeat(1, 1, 1, 1, 1, keys[0])
+        bias = bias.flatten(2, 4)
+        return F.pad(bias, (self.prefix, 0, self.prefix, 0)) if self.prefix else bias
+
+    def refit(self, name: str, found: Tensor) -> Tensor:
+        """A table of a model built for another size, resampled to this one's."""
+        return resize_line(found, getattr(self, name).shape[0])
+
+
+def _offsets(table: Tensor, queries: int, keys: int) -> Tensor:
+    """The vector of every pair, (queries, keys, d)."""
+    return resize_line(table, 2 * max(queries, keys) - 1)[relative_index(queries, keys).to(table.device)]
+
+
+class ClipPosition(nn.Module):
+    """Learned tables to add to the tokens of a clip (MViT, arXiv 2104.11227, section 4.1).
+
+    `separable`: one vector per place of a frame plus one per frame, prefix tokens with their own; `joint`: one vector per
+    token. Resized on the way when the grid (T, H, W) differs from the built one: places by `rule`, frames linearly.
+    """
+
+    def __init__(self, kind: str, width: int, grid: Grid, prefix: int, rule: str = "bicubic"):
+        super().__init__()
+        self.grid, self.prefix, self.rule = grid, prefix, rule
+        t, h, w = grid
+        self.joint = kind == "joint"
+        if self.joint:
+            self.table = nn.Parameter(torch.empty(1, prefix + t * h * w, width))
+        else:
+            self.places = nn.Parameter(torch.empty(1, h * w, width))
+            self.frames = nn.Parameter(torch.empty(1, t, width))
+            self.prefix_table = nn.Parameter(torch.empty(1, prefix, width)) if prefix else None
+        for table in self.parameters():
+            nn.init.trunc_normal_(table, std=0.02)
+
+    def forward(self, grid: Grid) -> Float[Tensor, "1 n c"]:
+        """The table of all tokens, the prefix first."""
+        if self.joint:
+            patches = resize_grid(self.table[0, self.prefix :], self.grid, grid, self.rule)[None]
+            return torch.cat([self.table[:, : self.prefix], patches], 1) if self.prefix else patches
+        places = resize_grid(self.places[0], self.grid[1:], grid[1:], self.rule)
+        patches = (resize_line(self.frames[0], grid[0])[:, None] + places).flatten(0, 1)[None]
+        return patches if self.prefix_table is None else torch.cat([self.prefix_table, patches], 1)
+
+    def refit(self, name: str, found: Tensor) -> Tensor | None:
+        """A table of a model built for another size, resampled to this one's; None where its grid cannot be told.
+
+        Pictures are taken to have been square, and a joint table to have been made for as many frames.
+        """
+        t, h, w = self.grid
+        if name == "frames":
+            return resize_line(found[0], t)[None]
+        prefix = self.prefix if name == "table" else 0
+        frames = t if name == "table" else 1
+        side = math.isqrt((found.shape[1] - prefix) // frames)
+        if name == "prefix_table" or prefix + frames * side * side != found.shape[1]:
+            return None
+        old, new = ((t, side, side), (t, h, w)) if name == "table" else ((side, side), (h, w))
+        return torch.cat([found[:, :prefix], resize_grid(found[0, prefix:], old, new, self.rule)[None]], 1)
 
 
 def window_offsets(window: tuple[int, int]) -> Tensor:

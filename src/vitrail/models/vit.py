@@ -102,7 +102,8 @@ class ViT(Model):
         self.positions = nn.ModuleList()
         if kind == "relative":
             count = c.depth if c.position.place != "shared" else 1
-            self.positions.extend(RelativePosition(c.width // c.heads, c.grid, c.prefix) for _ in range(count))
+            grid = (1, *c.grid)
+            self.positions.extend(RelativePosition(c.width // c.heads, grid, grid, c.prefix) for _ in range(count))
         elif kind != "none":
             self.positions.extend(PositionTable(c.position, c.width, c.grid, c.prefix) for _ in range(tables))
         self.drop = nn.Dropout(c.dropout)
@@ -132,7 +133,7 @@ class ViT(Model):
         for i, block in enumerate(self.blocks):
             if relative:
                 position = self.positions[i if len(self.positions) > 1 else 0]
-                tokens = self.run_block(block, tokens, partial(position, grid=grid[1:]))
+                tokens = self.run_block(block, tokens, partial(position, queries=grid))
                 continue
             if place != "stem" and self.positions:
                 tokens = self._add_table(tokens, self.positions[i if place == "layers" else 0], grid)
