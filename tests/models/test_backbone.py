@@ -62,7 +62,7 @@ def test_a_detector_trains(name: str) -> None:
         backbone, num_classes=3, rpn_anchor_generator=anchors, box_roi_pool=pooling, min_size=32, max_size=48
     ).train()
     for module in backbone.modules():  # a zero gain at the end of a branch hides the gradients before it
-        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.GroupNorm)):
+        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.GroupNorm, torch.nn.LayerNorm)):
             torch.nn.init.ones_(module.weight)
     targets = [{"boxes": torch.tensor([[4.0, 6.0, 20.0, 24.0]]), "labels": torch.tensor([i + 1])} for i in range(2)]
     losses = detector([torch.rand(3, 32, 40), torch.rand(3, 36, 32)], targets)
