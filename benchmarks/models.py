@@ -33,7 +33,7 @@ from vitrail.models import Model, create_model
 BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8,
          "deit_small_distilled_patch16_224": 8, "resnetv2_50x1_bit": 8, "vit_base_r50_s16_224": 4,
          "cvt_13": 8, "swin_tiny_patch4_window7_224": 8, "mvitv2_tiny": 8, "mvit_base_16x4": 1,
-         "mvitv2_small_16x4": 1}  # fmt: skip
+         "mvitv2_small_16x4": 1, "vivit_base_16x2": 1, "timesformer_base_divided_8x224": 1}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {"cvt_13": {"activation": "gelu"}}  # where the peer computes other than the authors
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
@@ -72,6 +72,8 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
         return {"timm": lambda: _timm(name, model, drop_path_rate=0.0), "torchvision": lambda: _torchvision_swin(model)}
     if model.family == "mvit":
         return {"torchvision": lambda: _torchvision_mvit(model)} if model.takes_clips else {"timm": lambda: _timm(name, model)}
+    if model.family in ("vivit", "timesformer"):
+        return {"transformers": lambda: _transformers_clips(model)}
     if model.family == "bit":
         return {"timm": lambda: _timm(name, model), "transformers": lambda: _transformers_bit(model)}
     if model.family == "cvt":
@@ -85,7 +87,7 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
 
 def naming(model: Model) -> str:
     """The project in whose naming gradients are compared: timm, or where it lacks the model the peer that has it."""
-    return "transformers" if model.family == "cvt" else "torchvision" if model.takes_clips else "timm"
+    return "transformers" if model.family in ("cvt", "vivit", "timesformer") else "torchvision" if model.takes_clips else "timm"
 
 
 def translate(model: Model, project: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,6 +168,24 @@ def _transformers_bit(model: Model) -> Side:
     peer = transformers.BitForImageClassification(settings)
     peer.load_state_dict(translate(model, "transformers", model.state_dict()))
     return Side("transformers", peer, lambda x: peer(pixel_values=x).logits)
+
+
+def _transformers_clips(model: Model) -> Side:
+    import transformers
+
+    c = model.config
+    settings: dict[str, Any] = {
+        "hidden_size": c.width, "num_hidden_layers": c.depth, "num_attention_heads": c.heads, "intermediate_size": c.mlp_dim,
+        "image_size": c.image_size[0], "num_frames": c.frames, "num_labels": c.num_classes, "layer_norm_eps": c.norm_eps,
+    }  # fmt: skip
+    state = translate(model, "transformers", model.state_dict())
+    if model.family == "vivit":
+        config = transformers.VivitConfig(**settings, tubelet_size=list(c.tubelet))
+        peer = transformers.VivitForVideoClassification.from_pretrained(None, config=config, state_dict=state)
+    else:
+        config = transformers.TimesformerConfig(**settings, patch_size=c.patch[0])
+        peer = transformers.TimesformerForVideoClassification.from_pretrained(None, config=config, state_dict=state)
+    return Side("transformers", peer, lambda x: peer(pixel_values=x.transpose(1, 2)).logits)
 
 
 def _transformers_deit(model: Model) -> Side:
@@ -252,7 +272,7 @@ def flat_gradient(model: Model) -> Callable[[Side], Tensor]:
         elif side.name == "transformers":
             hints = {} if model.family == "bit" else {"heads": model.config.heads}
             state = load_model({_file_name(n): g for n, g in grads.items()}, quiet=True, **hints).state_dict()
-            grads = translate(model, "timm", {n: t for n, t in state.items() if n in dict(model.named_parameters())})
+            grads = translate(model, naming(model), {n: t for n, t in state.items() if n in dict(model.named_parameters())})
         elif side.name == "torchvision":
             state = (
                 load_model(grads, quiet=True, heads=getattr(model.config, "heads", 1)).state_dict()
@@ -269,6 +289,7 @@ def _file_name(name: str) -> str:
     """transformers 5 names modules unlike files: parameters of a module under their published names."""
     for inside, published in (
         ("vit.layers.", "vit.encoder.layer."), ("deit.layers.", "deit.encoder.layer."),
+        ("vivit.layers.", "vivit.encoder.layer."),
         ("attention.q_proj.", "attention.attention.query."),
         ("attention.k_proj.", "attention.attention.key."), ("attention.v_proj.", "attention.attention.value."),
         ("attention.o_proj.", "attention.output.dense."), ("mlp.fc1.", "intermediate.dense."), ("mlp.fc2.", "output.dense."),

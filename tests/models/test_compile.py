@@ -27,7 +27,7 @@ model(x).square().sum().backward()
 for n, p in model.named_parameters():
     torch.testing.assert_close(got[n], p.grad, atol=2e-4, rtol=2e-3, msg=n)
 
-model = create_model(name, depth=1) if model.family in ("vit", "deit") else model
+model = create_model(name, depth=1) if "depth" in vars(model.config) else model
 model.eval()
 compiled = torch.compile(model, fullgraph=True)
 with torch.inference_mode():

@@ -76,6 +76,8 @@ class TestEveryFamily:
         for module in model.modules():  # a zero gain at the end of a branch hides the gradients before it
             if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.GroupNorm, torch.nn.LayerNorm)):
                 torch.nn.init.ones_(module.weight)
+            if isinstance(module, torch.nn.Linear) and not module.weight.any():
+                torch.nn.init.normal_(module.weight)
         model(example(model, 4)).square().sum().backward()
         silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert [n for n in silent if not n.startswith(UNREAD.get(name, " "))] == []

@@ -87,7 +87,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_state(path: Path) -> tuple[State, dict[str, str]]:
-    """Weights and text metadata of a file: .safetensors, .npz, or a torch file (.pth, .pt, .pyth, .bin, .tar).
+    """Weights and text metadata of a file: .safetensors, .npz, a torch file (.pth, .pt, .pyth, .bin, .tar), or flax msgpack.
 
     Torch files are read with an allow-list of inert classes: nothing in them is executed. Raises CheckpointError for files
     that are missing, cut short, of another kind, larger than 64 GiB, or that would run code.
@@ -101,6 +101,10 @@ def read_state(path: Path) -> tuple[State, dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     if path.suffix == ".npz":
         return _read_npz(path), {}
+    with path.open("rb") as file:
+        first = file.read(1)
+    if first in _MSGPACK_MAPS:
+        return read_flax(path), {}
     return _read_torch(path)
 
 
@@ -130,6 +134,70 @@ def _tensor(array: np.ndarray) -> Tensor:
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # bfloat16, which NumPy does not know
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16).float()
     return torch.from_numpy(np.array(array))
+
+
+# First bytes of a msgpack map with entries: of 1 to 15, of up to 2**16, of more. No torch file begins so.
+_MSGPACK_MAPS = {bytes([b]) for b in (*range(0x81, 0x90), 0xDE, 0xDF)}
+_CHUNKED = "__msgpack_chunked_array__"
+_FLAX_ARRAY, _FLAX_SCALAR = 1, 3
+
+
+def _msgpack() -> Any:
+    try:
+        import msgpack
+    except ImportError:
+        raise CheckpointError(
+            "flax checkpoints are msgpack files; reading and writing them needs: pip install msgpack"
+        ) from None
+    return msgpack
+
+
+def read_flax(path: Path) -> State:
+    """Arrays of a flax msgpack file (flax.training.checkpoints) under their paths in the tree, joined by slashes.
+
+    Only plain arrays, numbers and maps are read. Raises CheckpointError for anything else, and where msgpack is missing.
+    """
+    msgpack = _msgpack()
+
+    def extension(code: int, data: bytes) -> Any:
+        if code not in (_FLAX_ARRAY, _FLAX_SCALAR):
+            raise ValueError(f"an extension type {code} that holds no array")
+        shape, dtype, buffer = msgpack.unpackb(data, raw=False)
+        if dtype == "bfloat16":
+            return _tensor(np.frombuffer(buffer, "V2").reshape(shape))
+        return _tensor(np.frombuffer(buffer, np.dtype(dtype)).reshape(shape))
+
+    try:
+        tree = msgpack.unpackb(path.read_bytes(), ext_hook=extension, raw=False, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.UnpackException) as problem:
+        raise CheckpointError(f"{path}: not a complete flax file ({problem})") from None
+    return dict(_leaves(tree, ""))
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tree, Tensor):
+        yield path, tree
+    elif isinstance(tree, Mapping) and _CHUNKED in tree:
+        chunks = [tree["chunks"][key] for key in sorted(tree["chunks"], key=int)]
+        yield path, torch.cat(chunks).reshape([tree["shape"][key] for key in sorted(tree["shape"], key=int)])
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}/{key}" if path else str(key))
+
+
+def write_flax(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors named by slashes as a flax tree under "params", as a whole."""
+    msgpack = _msgpack()
+    tree: dict[str, Any] = {}
+    for name, tensor in state.items():
+        *parents, leaf = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        array = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        node[leaf] = msgpack.ExtType(_FLAX_ARRAY, msgpack.packb((array.shape, array.dtype.name, array.tobytes())))
+    with replacing(path) as temporary:
+        temporary.write_bytes(msgpack.packb({"params": tree}))
 
 
 def _read_torch(path: Path) -> tuple[State, dict[str, str]]:

@@ -68,7 +68,9 @@ def check_written(model: Model, path: Path, format: str) -> Parity:
     parity = Parity(len(state), sum(name not in own for name in state), float(want.abs().max()), difference)
     try:
         peer, name, remark = _peer(model, path, format)
-        theirs = None if peer is None else _plain(peer.eval()(x))
+        theirs = (
+            None if peer is None else _plain(peer.eval()(x.transpose(1, 2) if model.takes_clips else x))
+        )  # transformers: time first
     finally:
         model.train(was_training)
     if theirs is None or theirs.shape != want.shape:
@@ -100,7 +102,8 @@ def _peer(model: Model, path: Path, format: str) -> tuple[nn.Module | None, str,
     if format == "timm":
         return library.create_model(f"local-dir:{path.parent}", pretrained=True), name, ""
     if format == "transformers":
-        kind = library.AutoModelForImageClassification if model.config.num_classes else library.AutoModel
+        heads = (library.AutoModelForImageClassification, library.AutoModelForVideoClassification)
+        kind = heads[model.takes_clips] if model.config.num_classes else library.AutoModel
         peer, report = kind.from_pretrained(path.parent, output_loading_info=True)
         wrong = [key for part in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[part]]
         if wrong and model.config.num_classes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -150,6 +150,39 @@ def transformers_files(config: Any, card: ModelCard, settings: dict[str, Any], p
             "image_std": list(_per_channel(p.std, config.in_channels)),
         },
     }
+
+
+def transformers_clip_card(image_size: tuple[int, int], files: Files, default: Preprocess) -> ModelCard:
+    """Labels and preprocessing of a video model from transformers' files, `default` where they say nothing.
+
+    Its video processors scale pixels by a factor of their own and may shift them by one before mean and std apply; here
+    that is part of mean and std.
+    """
+    settings = files.get("preprocessor_config.json", {})
+    card = transformers_card(image_size, files, default)
+    if not settings or card.preprocess is None:
+        return ModelCard(classes=card.classes, preprocess=replace(default, image_size=image_size))
+    size = settings.get("size", {})
+    shortest = size.get("shortest_edge") if isinstance(size, Mapping) else None
+    fit = card.preprocess
+    if shortest:  # the shorter side, wherever a crop is not spelled out
+        fit = replace(fit, fit="crop", crop_fraction=min(1.0, image_size[0] / shortest))
+    unit = 255 * float(settings.get("rescale_factor", 1 / 255))
+    shift = float(bool(settings.get("offset")))
+    mean = tuple((shift + m) / unit for m in fit.mean) if settings.get("do_normalize", True) else (shift / unit,)
+    std = tuple(s / unit for s in fit.std) if settings.get("do_normalize", True) else (1 / unit,)
+    return ModelCard(classes=card.classes, preprocess=replace(fit, mean=mean, std=std))
+
+
+def guess_heads(width: int, variants: Mapping[str, Any], notes: list[str]) -> int:
+    """Heads that the published variants of this width have, or one per 64 channels, which is noted as a guess."""
+    published = {c.width: c.heads for c in variants.values()}
+    heads = published.get(width) or max(1, width // 64)
+    while width % heads:
+        heads -= 1
+    if width not in published:
+        notes.append(f"guess: {heads} heads (the weights do not tell; heads=... decides)")
+    return heads
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:

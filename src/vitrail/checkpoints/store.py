@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vitrail import config as settings
 from vitrail.config import ModelCard, Preprocess
-from vitrail.layers.position import ClipPosition, RelativePosition, resize_grid, resize_line
-from vitrail.models import FAMILIES, MODELS, Model, build, family_of, override
+from vitrail.layers.position import ClipPosition, RelativePosition, VideoPosition, resize_grid, resize_line
+from vitrail.models import FAMILIES, MODELS, Model, build, create_model, family_of, override
+from vitrail.models.vit import ViT
 
 from . import (
     bit,
@@ -29,16 +30,20 @@ from . import (
     slowfast,
     swin,
     swin_torchvision,
+    timesformer,
     vit,
     vit_google,
+    vivit,
     x3d,
 )
 from .identity import Origin
+from .inflate import inflate, matching_settings
 from .io import (
     find_weights,
     read_json,
     read_metadata,
     read_state,
+    write_flax,
     write_folder,
     write_npz,
     write_safetensors,
@@ -51,19 +56,24 @@ from .sources import Source
 SOURCES: tuple[Source, ...] = (
     *mvit.SOURCES, *x3d.SOURCES, *slowfast.SOURCES,  # before ViT, whose names are fewer
     *vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES, *hybrid.SOURCES, *cvt.SOURCES,
-    *swin.SOURCES, *swin_torchvision.SOURCES,
+    *swin.SOURCES, *swin_torchvision.SOURCES, *vivit.SOURCES, *timesformer.SOURCES,
 )  # fmt: skip
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
-_NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth")
+_NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth", "checkpoint")
 _VERSION = 1
 
 
 def load_model(
-    source: str | Path | Mapping[str, Any], *, preprocess: Any = None, quiet: bool = False, **overrides: Any
+    source: str | Path | Mapping[str, Any],
+    *,
+    preprocess: Any = None,
+    quiet: bool = False,
+    as_video: str = "",
+    **overrides: Any,
 ) -> Model:
-    """A model from weights wherever they are: a file (.safetensors, .npz, .pth, .pyth, .bin), a folder, a run directory, a
-    state dict in memory, a repository of the hub ("timm/vit_base_patch16_224.augreg_in21k", "hf-hub:owner/name@revision") or
-    a URL.
+    """A model from weights wherever they are: a file (.safetensors, .npz, .pth, .pyth, .bin, flax), a folder, a run directory,
+    a state dict in memory, a repository of the hub ("timm/vit_base_patch16_224.augreg_in21k", "hf-hub:owner/name@revision")
+    or a URL.
 
     The naming (ours, timm, transformers, torchvision, pytorchvideo, the authors') and the configuration are found from
     the file. `overrides` are fields of the family's config and decide what shapes cannot tell (heads=..., key_strides=...,
@@ -72,7 +82,11 @@ def load_model(
     weights; by default what the file, the configuration beside it or its name says. What happened is printed in a short table
     to stderr whenever it is more than a plain load, guesses are called guesses. Raises CheckpointError for files that cannot
     be used or fetched.
+
+    `as_video` names a ViViT or TimeSformer that an image ViT's weights start (see `inflate`); `overrides` are then its fields.
     """
+    if as_video:
+        return _load_as_video(source, preprocess, quiet, as_video, overrides)
     state, origin = _open(source)
     report = Report(source=origin.name)
     if "vitrail" in origin.metadata:
@@ -84,6 +98,7 @@ def load_model(
         model.card = dataclasses.replace(model.card, preprocess=identity.asked_preprocessing(preprocess, base))
         report.notes = [n for n in report.notes if "preprocessing" not in n]
         report.notes.append(f"preprocessing: {identity.describe(model.card.preprocess)} (as asked)")
+    _refit_clips(model, built, ours, report)
     _fill(model, ours, report, origin.name, built)
     report.loaded = len(ours)
     if broken := [key for key, tensor in ours.items() if tensor.is_floating_point() and not _finite(tensor)]:
@@ -99,6 +114,25 @@ def _finite(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
+def _load_as_video(
+    source: str | Path | Mapping[str, Any], preprocess: Any, quiet: bool, name: str, overrides: Mapping[str, Any]
+) -> Model:
+    hints = {key: overrides[key] for key in ("heads", "built_size") if key in overrides}
+    image = load_model(source, preprocess=preprocess, quiet=quiet, **hints)
+    if not isinstance(image, ViT):
+        raise CheckpointError(f"as_video starts from the weights of a ViT; these are those of a {image.family}")
+    changes = {key: value for key, value in overrides.items() if key != "built_size"}
+    video = create_model(name, **(matching_settings(image) | changes))
+    new = inflate(image, video)
+    if not quiet:
+        print(f"{name} from an image model; new: {', '.join(new[:4])} and {max(len(new) - 4, 0)} more", file=sys.stderr)
+    card = image.card or ModelCard()
+    seen = dataclasses.replace(card.preprocess or Preprocess(), image_size=video.config.image_size)
+    story = (*card.provenance, f"{name} started from {image.name or 'an image model'}")
+    video.card = ModelCard(name=name, preprocess=seen, licence=card.licence, provenance=story)
+    return video.eval()
+
+
 def load_checkpoint_card(source: str | Path) -> tuple[str, ModelCard | None]:
     """(registry id or "", card) of one of our checkpoints, without reading its tensors."""
     path = _weights_file(Path(source))
@@ -112,10 +146,10 @@ def load_checkpoint_card(source: str | Path) -> tuple[str, ModelCard | None]:
 def save_model(model: Model, path: str | Path, format: str = "vitrail", card: ModelCard | None = None) -> Path:
     """Write a model as a whole, to a folder (or, for "vitrail", a file ending in .safetensors); returns the weights' path.
 
-    format: vitrail, timm, transformers, torchvision, google, microsoft, pytorchvideo or pyslowfast, where that project has the
-    family; its own loader then reads the folder strictly and gives the same logits. Labels and preprocessing (`card`, by
-    default the model's) travel along. Raises ValueError for an unknown format and CheckpointError for a model that the
-    project's architecture cannot hold.
+    format: vitrail, timm, transformers, torchvision, google, microsoft, pytorchvideo, pyslowfast, scenic or timesformer, where
+    that project has the family; its own loader then reads the folder strictly and gives the same logits. Labels and
+    preprocessing (`card`, by default the model's) travel along. Raises ValueError for an unknown format and CheckpointError
+    for a model that the project's architecture cannot hold.
     """
     path, card = Path(path), card or model.card or ModelCard()
     if format not in FORMATS:
@@ -133,6 +167,8 @@ def save_model(model: Model, path: str | Path, format: str = "vitrail", card: Mo
     def fill(folder: Path) -> None:
         if source.container.endswith(".npz"):
             write_npz(folder / source.container, written)
+        elif source.container == "checkpoint":
+            write_flax(folder / source.container, written)
         elif source.container.endswith((".pth", ".pyth")):
             write_torch(folder / source.container, written, source.inside)
         else:
@@ -324,6 +360,20 @@ def _fill(model: Model, state: State, report: Report, name: str, built: Any) -> 
     if absent and report.missing:
         raise CheckpointError(f"{name}: tensors are missing: {', '.join(report.missing[:6])}")
     model.load_state_dict(state, strict=False)
+
+
+def _refit_clips(model: Model, built: Any, state: State, report: Report) -> None:
+    """Positions of a clip's tokens, made for `built` (a config), on the model's grid: their length does not tell the grid."""
+    for name, module in model.named_modules():
+        if not isinstance(module, VideoPosition):
+            continue
+        axes = zip(built.grid, model.config.grid, module.grid, strict=True)
+        old = tuple(n if whole == own else 1 for n, whole, own in axes)  # a table of times or of places alone has ones
+        for key, resize in (("table", module.resized), ("time", module.resized_time)):
+            table = state.get(f"{name}.{key}")
+            if table is not None and old != module.grid:
+                state[f"{name}.{key}"] = resize(table, old, module.grid)
+                report.resized.append(f"{name}.{key} {'x'.join(map(str, old))} -> {'x'.join(map(str, module.grid))}")
 
 
 def _refit(model: Model, key: str, found: Tensor, wanted: Tensor, built: Any) -> Tensor | None:

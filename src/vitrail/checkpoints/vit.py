@@ -19,6 +19,7 @@ from .sources import (
     Files,
     Source,
     count_blocks,
+    guess_heads,
     timm_card,
     timm_files,
     transformers_card,
@@ -43,7 +44,7 @@ def build_config(
         count = rows - (prefix if position.prefix else 0)
         config["image_size"] = _image_size(count, patch, hints)
     if "heads" not in known:
-        config["heads"] = int(hints.get("heads") or _guess_heads(width, notes))
+        config["heads"] = int(hints.get("heads") or guess_heads(width, VARIANTS, notes))
     return ViTConfig(**config), notes
 
 
@@ -58,16 +59,6 @@ def _image_size(count: int, patch: tuple[int, int], hints: Hints) -> tuple[int, 
     except ValueError as problem:
         raise CheckpointError(f"{problem}; name the size the weights were built for: built_size=(height, width)") from None
     return side * patch[0], side * patch[1]
-
-
-def _guess_heads(width: int, notes: list[str]) -> int:
-    published = {c.width: c.heads for c in VARIANTS.values()}
-    heads = published.get(width) or max(1, width // 64)
-    while width % heads:
-        heads -= 1
-    if width not in published:
-        notes.append(f"guess: {heads} heads (the weights do not tell; heads=... decides)")
-    return heads
 
 
 # timm -----------------------------------------------------------------------------------------------------------------
@@ -327,13 +318,13 @@ def _is_timm(state: State) -> bool:
     patch = state.get("patch_embed.proj.weight")
     vit = patch is not None and patch.ndim == 4 and "blocks.0.attn.qkv.weight" in state
     hybrid = any(key.startswith("patch_embed.backbone.") for key in state)
-    return vit and not hybrid and "dist_token" not in state  # a distilled DeiT
+    return vit and not hybrid and "dist_token" not in state and "time_embed" not in state  # a distilled DeiT, a TimeSformer
 
 
 def _is_hf(state: State) -> bool:
-    patch = any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in state)
+    patch = any(key.endswith("embeddings.patch_embeddings.projection.weight") and t.ndim == 4 for key, t in state.items())
     distilled = any(key.endswith("embeddings.distillation_token") for key in state)  # a DeiT
-    return patch and not distilled and any(key.endswith("encoder.layer.0.layernorm_before.weight") for key in state)
+    return patch and not distilled and any(key.endswith("encoder.layer.0.attention.attention.query.weight") for key in state)
 
 
 def _is_tv(state: State) -> bool:

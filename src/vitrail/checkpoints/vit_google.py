@@ -160,7 +160,7 @@ def export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
 
 
 def _recognise(state: State) -> bool:
-    patches = any(key.endswith("embedding/kernel") for key in state)
+    patches = any(key.endswith("embedding/kernel") and kernel.ndim == 4 for key, kernel in state.items())
     hybrid = any("conv_root" in key for key in state)
     return patches and not hybrid and any(key.endswith("Transformer/encoder_norm/scale") for key in state)
 

@@ -45,6 +45,15 @@ class BlockConfig:
     attention_dropout: float = 0.0
 
 
+def heads_problem(width: int, heads: int) -> str:
+    """Why channels do not divide into heads, with the nearest valid numbers of heads; "" when they do."""
+    if width % heads == 0:
+        return ""
+    valid = [h for h in range(1, width + 1) if width % h == 0]
+    nearest = " or ".join(map(str, sorted(valid, key=lambda v: abs(v - heads))[:2]))
+    return f"width {width} is not divisible by heads {heads}; nearest valid: {nearest}"
+
+
 class DropPath(nn.Module):
     """Stochastic depth per sample: a residual branch is dropped with probability `rate`, kept ones scaled by 1/(1-rate)."""
 
@@ -116,6 +125,30 @@ class MLP(nn.Module):
         if self.dropout and self.training:
             return F.dropout(self.fc2(F.dropout(x, self.dropout)), self.dropout)
         return self.fc2(x)
+
+
+@torch.no_grad()
+def init_encoder(model: nn.Module, kind: str = "xavier") -> None:
+    """Initial weights of all products but the head's.
+
+    xavier: uniform, and nearly zero MLP biases, as in the original ViT code (vit_jax/models_vit.py); normal: 0.02 and zero
+    biases (DeiT, TimeSformer).
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name.startswith("head"):
+            continue
+        if kind == "normal":
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            continue
+        if name.endswith("qkv"):  # flax initialises q, k and v apart
+            for part in module.weight.chunk(3):
+                nn.init.xavier_uniform_(part)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.normal_(module.bias, std=1e-6) if ".mlp." in name else nn.init.zeros_(module.bias)
 
 
 class Block(nn.Module):

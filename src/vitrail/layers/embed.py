@@ -20,6 +20,23 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2), (1, x.shape[2], x.shape[3])
 
 
+class TubeletEmbed(nn.Module):
+    """Non-overlapping boxes of (frames, rows, columns), each mapped linearly to `width` channels (ViViT, section 3.2).
+
+    A tubelet of one frame is the paper's uniform frame sampling.
+    """
+
+    def __init__(self, channels: int, width: int, tubelet: tuple[int, int, int]):
+        super().__init__()
+        self.tubelet = tubelet
+        self.proj = nn.Conv3d(channels, width, kernel_size=tubelet, stride=tubelet)
+
+    def forward(self, x: Float[Tensor, "b c t h w"]) -> tuple[Float[Tensor, "b n d"], tuple[int, int, int]]:
+        """Tokens frame by frame, row by row, and their grid (T, H, W)."""
+        x = self.proj(x)
+        return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3], x.shape[4])
+
+
 def frames_problem(frames: int, multiple: int) -> str:
     """Why a clip of so many frames does not divide into tubelets, with the nearest valid numbers; "" when it does."""
     if frames > 0 and frames % multiple == 0:

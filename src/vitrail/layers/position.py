@@ -19,7 +19,8 @@ from torch import Tensor, nn
 Grid = tuple[int, int, int]
 KINDS = ("none", "1d", "2d", "sincos", "relative")
 PLACES = ("stem", "layers", "shared")
-RESIZE_RULES = ("bicubic", "bicubic_plain", "bilinear_corners", "nearest")
+VIDEO_KINDS = ("none", "joint", "separate")
+RESIZE_RULES = ("bicubic", "bicubic_plain", "bilinear_corners", "nearest", "nearest_sequence")
 BIAS_RULES = ("bicubic_corners", "bicubic_plain", "geometric")
 
 
@@ -29,7 +30,8 @@ class PositionConfig:
 
     `prefix`: whether class and register tokens have positions of their own (the original ViT: yes; big_vision and the
     published register models: no). `resize`: `bicubic` (antialiased, ours and timm's), `bicubic_plain` (transformers, DeiT),
-    `bilinear_corners` (the original JAX code: corners aligned), `nearest` (TimeSformer).
+    `bilinear_corners` (the original JAX code: corners aligned), `nearest` (TimeSformer), `nearest_sequence` (TimeSformer's
+    loader, which takes the grid for one line).
     """
 
     kind: str = "1d"
@@ -49,16 +51,27 @@ def resize_grid(
 ) -> Float[Tensor, "m c"]:
     """Resample a table of vectors on an (H, W) or (T, H, W) grid to another grid; the same grid returns the table itself.
 
-    In three dimensions time is resampled linearly (nearest under `nearest`), then each frame by `rule`.
+    In three dimensions time is resampled as by `resize_line`, then each frame by `rule`.
     """
     if tuple(old) == tuple(new):
         return table
-    if len(old) == 3:
-        return _resize_volume(table, old, new, rule)
-    dtype = table.dtype
-    work = table if dtype == torch.float64 else table.float()
-    grid = work.T.reshape(1, -1, old[0], old[1])
-    size = (new[0], new[1])
+    if rule == "nearest_sequence":
+        return resize_line(table, math.prod(new), "nearest")
+    if len(old) == 2:
+        return _resize_frames(table[None], (old[0], old[1]), (new[0], new[1]), rule)[0]
+    line = resize_line(table.unflatten(0, (old[0], -1)).flatten(1), new[0], rule)  # t (n c)
+    frames = line.unflatten(1, (old[1] * old[2], -1))
+    return _resize_frames(frames, (old[1], old[2]), (new[1], new[2]), rule).flatten(0, 1)
+
+
+def _resize_frames(
+    frames: Float[Tensor, "t n c"], old: tuple[int, int], size: tuple[int, int], rule: str
+) -> Float[Tensor, "t m c"]:
+    if old == size:
+        return frames
+    dtype = frames.dtype
+    work = frames if dtype == torch.float64 else frames.float()
+    grid = work.transpose(1, 2).unflatten(2, old)
     if rule == "bicubic":
         grid = F.interpolate(grid, size, mode="bicubic", antialias=True)
     elif rule == "bicubic_plain":
@@ -67,24 +80,22 @@ def resize_grid(
         grid = F.interpolate(grid, size, mode="bilinear", align_corners=True)
     else:
         grid = F.interpolate(grid, size, mode="nearest")
-    return grid.reshape(-1, new[0] * new[1]).T.to(dtype)
+    return grid.flatten(2).transpose(1, 2).to(dtype)
 
 
-def _resize_volume(table: Tensor, old: tuple[int, ...], new: tuple[int, ...], rule: str) -> Tensor:
-    frames = table.unflatten(0, (old[0], old[1] * old[2]))  # t n c
-    if old[0] != new[0]:
-        line = frames.flatten(1).T[None].float()  # 1 (n c) t
-        mode = {"mode": "nearest"} if rule == "nearest" else {"mode": "linear", "align_corners": rule == "bilinear_corners"}
-        line = F.interpolate(line, new[0], **mode)
-        frames = line[0].T.to(table.dtype).unflatten(1, (old[1] * old[2], -1))
-    return torch.cat([resize_grid(frame, (old[1], old[2]), (new[1], new[2]), rule) for frame in frames])
+def resize_line(table: Float[Tensor, "n c"], new: int, rule: str = "bicubic") -> Float[Tensor, "m c"]:
+    """Resample a one-dimensional table; the same length returns the table itself.
 
-
-def resize_line(table: Float[Tensor, "n c"], new: int) -> Float[Tensor, "m c"]:
-    """Resample a one-dimensional table linearly; the same length returns the table itself."""
+    Linearly, with aligned corners under `bilinear_corners`; to the nearest entry under `nearest`.
+    """
     if table.shape[0] == new:
         return table
-    return F.interpolate(table.T[None].float(), new, mode="linear", align_corners=False)[0].T.to(table.dtype)
+    line = (table if table.dtype == torch.float64 else table.float()).T[None]
+    if rule == "nearest":
+        line = F.interpolate(line, new, mode="nearest")
+    else:
+        line = F.interpolate(line, new, mode="linear", align_corners=rule == "bilinear_corners")
+    return line[0].T.to(table.dtype)
 
 
 def sincos_2d(height: int, width: int, channels: int, temperature: float = 10_000.0) -> Float[Tensor, "n c"]:
@@ -139,6 +150,46 @@ class PositionTable(nn.Module):
             return (self.prefix_table if self.prefix else None), torch.cat(both, -1).flatten(0, 1)[None]
         waves = self.waves if grid == self.grid else sincos_2d(*grid, self.waves.shape[-1])[None].to(self.waves)
         return None, waves
+
+
+class VideoPosition(nn.Module):
+    """Learned positions of a clip's tokens, for one grid (T, H, W), resized on the way when the grid differs.
+
+    `joint`: one vector per place and time (ViViT); `separate`: one per place plus one per time, the latter starting at zero
+    (TimeSformer). Prefix tokens have vectors of their own and no time.
+    """
+
+    def __init__(self, kind: str, width: int, grid: tuple[int, int, int], prefix: int, rule: str):
+        super().__init__()
+        self.kind, self.grid, self.prefix, self.rule = kind, grid, prefix, rule
+        places = grid[1] * grid[2]
+        self.table = nn.Parameter(torch.empty(1, prefix + (places * grid[0] if kind == "joint" else places), width))
+        nn.init.trunc_normal_(self.table, std=0.02)
+        self.time = nn.Parameter(torch.zeros(1, grid[0], width)) if kind == "separate" else None
+
+    def forward(self, grid: tuple[int, int, int]) -> Float[Tensor, "1 n c"]:
+        """The vectors of the prefix tokens and of the tokens of a grid, frame by frame."""
+        if grid == self.grid and self.time is None:
+            return self.table
+        table = self.resized(self.table, self.grid, grid)
+        if self.time is None:
+            return table
+        time = self.resized_time(self.time, self.grid, grid)
+        patches = table[:, None, self.prefix :] + time[:, :, None]  # 1 t n c
+        return torch.cat([table[:, : self.prefix], patches.flatten(1, 2)], 1)
+
+    def resized(self, table: Float[Tensor, "1 n c"], old: tuple[int, ...], new: tuple[int, ...]) -> Float[Tensor, "1 m c"]:
+        """A table made for the grid `old` as it serves the grid `new`; only places count where time is separate."""
+        if self.kind == "separate":
+            old, new = old[1:], new[1:]
+        if tuple(old) == tuple(new):
+            return table
+        patches = resize_grid(table[0, self.prefix :], old, new, self.rule)
+        return torch.cat([table[:, : self.prefix], patches[None]], 1)
+
+    def resized_time(self, time: Float[Tensor, "1 t c"], old: tuple[int, ...], new: tuple[int, ...]) -> Float[Tensor, "1 s c"]:
+        """The table of times made for the grid `old` as it serves the grid `new`."""
+        return resize_line(time[0], new[0], self.rule)[None]
 
 
 def relative_index(queries: int, keys: int | None = None) -> Tensor:

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
-from . import bit, cvt, deit, hybrid, mvit, resnet, slowfast, swin, vit, x3d
+from . import bit, cvt, deit, hybrid, mvit, resnet, slowfast, swin, timesformer, vit, vivit, x3d
 from .backbone import Segmenter, as_backbone
 from .base import Model
 
 FAMILIES: dict[str, ModuleType] = {
     "vit": vit, "deit": deit, "resnet": resnet, "bit": bit, "hybrid": hybrid, "cvt": cvt, "swin": swin, "mvit": mvit,
-    "x3d": x3d, "slowfast": slowfast,
+    "x3d": x3d, "slowfast": slowfast, "vivit": vivit, "timesformer": timesformer,
 }  # fmt: skip
 MODELS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.VARIANTS.items()}
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitrail.layers.block import ACTIVATIONS, Block, BlockConfig
+from vitrail.layers.block import ACTIVATIONS, Block, BlockConfig, heads_problem, init_encoder
 from vitrail.layers.embed import PatchEmbed, size_problem
 from vitrail.layers.features import Features
 from vitrail.layers.head import AttentionPool, ClassifierHead
@@ -59,11 +59,8 @@ class ViTConfig:
         """Raise ValueError on settings that contradict each other."""
         if problem := size_problem(self.image_size, self.patch):
             raise ValueError(problem)
-        if self.width % self.heads:
-            valid = [h for h in range(1, self.width + 1) if self.width % h == 0]
-            raise ValueError(
-                f"width {self.width} is not divisible by heads {self.heads}; nearest valid: {_near(valid, self.heads)}"
-            )
+        if problem := heads_problem(self.width, self.heads):
+            raise ValueError(problem)
         for name, allowed in (("pool", POOLS), ("activation", tuple(ACTIVATIONS)), ("init", INITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
@@ -79,10 +76,6 @@ class ViTConfig:
     def prefix(self) -> int:
         """Tokens before the patches."""
         return int(self.class_token) + self.registers
-
-
-def _near(valid: list[int], given: int) -> str:
-    return " or ".join(map(str, sorted(valid, key=lambda v: abs(v - given))[:2]))
 
 
 class ViT(Model):
@@ -201,28 +194,13 @@ class ViT(Model):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """Xavier-uniform products and nearly zero MLP biases as in the original code (vit_jax/models_vit.py), or DeiT's."""
-        normal = self.config.init == "normal"
-        for name, module in self.named_modules():
-            if not isinstance(module, nn.Linear) or name.startswith("head"):
-                continue
-            if normal:
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            else:
-                if name.endswith("qkv"):  # flax initialises q, k and v apart
-                    for part in module.weight.chunk(3):
-                        nn.init.xavier_uniform_(part)
-                else:
-                    nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.normal_(module.bias, std=1e-6) if ".mlp." in name else nn.init.zeros_(module.bias)
+        """As in the original code, or DeiT's; see `init_encoder`."""
+        init_encoder(self, self.config.init)
         fan_in = self.embed.proj.weight[0].numel()
         nn.init.trunc_normal_(self.embed.proj.weight, std=fan_in**-0.5)  # lecun_normal, flax's default
         if self.embed.proj.bias is not None:
             nn.init.zeros_(self.embed.proj.bias)
-        for token in (self.class_token if normal else None, self.registers, self.mask_token):
+        for token in (self.class_token if self.config.init == "normal" else None, self.registers, self.mask_token):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
 
