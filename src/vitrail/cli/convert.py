@@ -21,13 +21,17 @@ vitrail convert deit.pth deit_384/ --image-size 384          position embeddings
 
 @dataclass(frozen=True)
 class Arguments:
-    """Read weights of any known naming and write them in another: vitrail, timm, transformers, torchvision or google."""
+    """Read weights of any known naming and write them in another."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A .safetensors, .npz, .pth or .bin file, a folder, a run directory, a repository of the hub or a URL."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to write; it must not exist yet (vitrail format: also a file ending in .safetensors)."""
-    to: Literal["vitrail", "timm", "transformers", "torchvision", "google", "microsoft"] = "vitrail"  # naming to write
+    to: Literal[
+        "vitrail", "google", "microsoft", "pyslowfast", "pytorchvideo", "scenic", "timesformer", "timm", "torchvision",
+        "transformers",
+    ] = "vitrail"  # fmt: skip
+    """The naming to write."""
     image_size: tuple[int, int] | None = None  # height,width in pixels to resize position embeddings for
     num_classes: int | None = None  # another number gives a new head, initialised to zero
     preprocess: tuple[str, ...] = ()  # imagenet, half, the name of published weights, and fields: crop_fraction=0.9 mean=0.5

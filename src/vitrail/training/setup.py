@@ -207,14 +207,8 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
 
     Raises ConfigError (a ValueError) for whatever of the settings, data or weights cannot be used.
     """
-    config = request.config
-    classes = None
-    if request.checkpoint is not None:
-        card = load_checkpoint_card(request.checkpoint / MODEL)[1]
-        classes = card.classes if card else None
-    data = open_data(request.source, config.data_config, classes)
-    if data.train is None:
-        raise ConfigError(f"{data.name} has no training samples (splits: {', '.join(data.splits()) or 'none'})")
+    config, data = request.config, _open(request)
+    assert data.train is not None
     notes = data.notes
     if config.preset == "auto" and not request.resumed:
         config, reasons = choose(config, request.explicit, data, ranks.device)
@@ -276,6 +270,18 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
     if not evaluators and (validation := job.split_evaluator("val")) is not None:
         job.evaluators = [validation]
     return job
+
+
+def _open(request: Request) -> Data:
+    """The data, its classes numbered as in the checkpoint to go on from."""
+    classes = None
+    if request.checkpoint is not None:
+        card = load_checkpoint_card(request.checkpoint / MODEL)[1]
+        classes = card.classes if card else None
+    data = open_data(request.source, request.config.data_config, classes)
+    if data.train is None:
+        raise ConfigError(f"{data.name} has no training samples (splits: {', '.join(data.splits()) or 'none'})")
+    return data
 
 
 def _objective(config: RunConfig, dataset: ImageDataset, teacher: Teacher | None) -> nn.Module:
