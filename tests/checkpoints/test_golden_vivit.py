@@ -143,6 +143,9 @@ def test_positions_follow_another_clip(model: str, tmp_path) -> None:
     x = torch.randn(1, 3, 8, 8, 16)
     other = load_model(tmp_path / "m.safetensors", quiet=True, frames=8, image_size=(8, 16))  # as many tokens as before
     assert other.config.grid == (4, 2, 4)
+    assert (
+        load_model(golden.original_state(golden.original("vivit_tiny_model2_fe_token")), quiet=True).card.preprocess.frames == 8
+    )
     torch.testing.assert_close(other(x), built(x))
     channels = load_model(tmp_path / "m.safetensors", quiet=True, in_channels=1)
     grey = torch.randn(1, 1, 4, 16, 16)

@@ -122,6 +122,7 @@ def test_a_still_clip_looks_like_its_picture(name: str, settings: dict, image_mo
         assert (frames.maps() - first[:, :, None]).abs().max() < 1e-5
         assert torch.nn.functional.cosine_similarity(first, wanted.maps()[:, :, 0]).min() > 0.95
     assert video.config.activation == "gelu_tanh"
+    assert video.card.preprocess.frames == 4
     assert not video(clip).any()
 
 

@@ -171,7 +171,8 @@ def transformers_clip_card(image_size: tuple[int, int], files: Files, default: P
     shift = float(bool(settings.get("offset")))
     mean = tuple((shift + m) / unit for m in fit.mean) if settings.get("do_normalize", True) else (shift / unit,)
     std = tuple(s / unit for s in fit.std) if settings.get("do_normalize", True) else (1 / unit,)
-    return ModelCard(classes=card.classes, preprocess=replace(fit, mean=mean, std=std))
+    made = replace(fit, mean=mean, std=std, frames=default.frames, stride=default.stride)
+    return ModelCard(classes=card.classes, preprocess=made)
 
 
 def guess_heads(width: int, variants: Mapping[str, Any], notes: list[str]) -> int:

@@ -127,7 +127,8 @@ def _load_as_video(
     if not quiet:
         print(f"{name} from an image model; new: {', '.join(new[:4])} and {max(len(new) - 4, 0)} more", file=sys.stderr)
     card = image.card or ModelCard()
-    seen = dataclasses.replace(card.preprocess or Preprocess(), image_size=video.config.image_size)
+    size, frames = video.config.image_size, video.config.frames
+    seen = dataclasses.replace(card.preprocess or Preprocess(), image_size=size, frames=frames, sampling="uniform")
     story = (*card.provenance, f"{name} started from {image.name or 'an image model'}")
     video.card = ModelCard(name=name, preprocess=seen, licence=card.licence, provenance=story)
     return video.eval()
@@ -327,6 +328,8 @@ def _finish(config: Any, overrides: Mapping[str, Any], card: ModelCard, name: st
     preprocess = card.preprocess or Preprocess(image_size=new.image_size, channels=new.in_channels)
     if "image_size" in changes:
         preprocess = dataclasses.replace(preprocess, image_size=tuple(new.image_size))
+    if preprocess.frames and "frames" in changes:
+        preprocess = dataclasses.replace(preprocess, frames=new.frames)
     labels = card.classes if classes == config.num_classes else ()
     model.card = dataclasses.replace(card, preprocess=preprocess, classes=labels, name=card.name or name)
     return model

@@ -114,7 +114,10 @@ def _hf_clean(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _card(config: TimeSformerConfig, files: Files) -> ModelCard:
-    default = Preprocess(config.image_size, config.in_channels, "crop", 1.0, "bilinear", (0.45,), (0.225,))
+    stride = {8: 32, 16: 16, 96: 4}.get(config.frames, 32)  # the published base, HR and L
+    default = Preprocess(
+        config.image_size, config.in_channels, "crop", 1.0, "bilinear", (0.45,), (0.225,), frames=config.frames, stride=stride
+    )
     return transformers_clip_card(config.image_size, files, default)
 
 

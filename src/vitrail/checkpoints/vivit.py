@@ -86,7 +86,11 @@ def _hf_infer(state: State, files: Files, hints: Hints) -> tuple[ViViTConfig, li
 
 
 def _hf_card(config: ViViTConfig, files: Files) -> ModelCard:
-    return transformers_clip_card(config.image_size, files, Preprocess(channels=config.in_channels, crop_fraction=224 / 256))
+    return transformers_clip_card(
+        config.image_size,
+        files,
+        Preprocess(channels=config.in_channels, crop_fraction=224 / 256, frames=config.frames, stride=2),
+    )
 
 
 def _hf_export(config: ViViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
@@ -248,7 +252,7 @@ def _scenic_infer(state: State, files: Files, hints: Hints) -> tuple[ViViTConfig
 
 
 def _scenic_card(config: ViViTConfig, files: Files) -> ModelCard:
-    made = Preprocess(config.image_size, config.in_channels, "crop", 224 / 256, "bilinear")
+    made = Preprocess(config.image_size, config.in_channels, "crop", 224 / 256, "bilinear", frames=config.frames, stride=2)
     return ModelCard(preprocess=made)
 
 
