@@ -11,7 +11,7 @@ from vitrail.checkpoints import CheckpointError, load_model
 from vitrail.checkpoints.mapping import write
 from vitrail.checkpoints.store import SOURCES
 from vitrail.layers.attention import record_attention
-from vitrail.layers.position import resize_bias
+from vitrail.layers.bias import resize_bias
 
 CASES = [i for i, c in golden.manifest().items() if c["family"] in ("swin", "swin_v2")]
 # What weights cannot tell and a configuration beside them would: picture sizes, windows of v2, timm's always_partition.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitrail.config import ModelCard
-from vitrail.layers.position import log_offsets, window_offsets
+from vitrail.layers.bias import log_offsets, window_offsets
 from vitrail.models.swin import SwinConfig
 
 from .mapping import Rule, constant, rename, transform

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from .attention import AttentionSite, attend
-from .position import ContinuousBias, RelativeBias
+from .bias import ContinuousBias, RelativeBias
 
 Size = tuple[int, int]
 

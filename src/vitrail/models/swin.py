@@ -11,11 +11,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from vitrail.layers.attention import attention_sites
+from vitrail.layers.bias import BIAS_RULES, resize_bias
 from vitrail.layers.block import MLP, DropPath
 from vitrail.layers.embed import PatchEmbed, size_problem
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
-from vitrail.layers.position import BIAS_RULES, PositionConfig, PositionTable, resize_bias, resize_grid
+from vitrail.layers.position import PositionConfig, PositionTable, resize_grid
 from vitrail.layers.window import (
     Layout,
     LayoutBuffers,
