@@ -136,7 +136,7 @@ def _check(image: ViT, video: ViViT | TimeSformer) -> None:
         if getattr(c, name) != value:
             raise CheckpointError(f"the image model has {name} {getattr(c, name)}, the video model {value}; they must agree")
     plain = {"registers": 0, "qk_norm": False, "layer_scale": None, "stem_norm": False, "patch_bias": True,
-             "norm_after_pool": False}  # fmt: skip
+             "norm_after_pool": False, "mlp": "plain"}  # fmt: skip
     for name, value in plain.items():
         if getattr(c, name) != value:
             raise CheckpointError(f"video models have no {name}; the image model has {name}={getattr(c, name)!r}")

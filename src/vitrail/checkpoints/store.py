@@ -21,6 +21,7 @@ from . import (
     bit,
     cvt,
     deit,
+    dinov2,
     hub,
     hybrid,
     identity,
@@ -55,8 +56,8 @@ from .sources import Source
 
 SOURCES: tuple[Source, ...] = (
     *mvit.SOURCES, *x3d.SOURCES, *slowfast.SOURCES,  # before ViT, whose names are fewer
-    *vit.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES, *hybrid.SOURCES, *cvt.SOURCES,
-    *swin.SOURCES, *swin_torchvision.SOURCES, *vivit.SOURCES, *timesformer.SOURCES,
+    *vit.SOURCES, *dinov2.SOURCES, *deit.SOURCES, *vit_google.SOURCES, *resnet.SOURCES, *bit.SOURCES, *hybrid.SOURCES,
+    *cvt.SOURCES, *swin.SOURCES, *swin_torchvision.SOURCES, *vivit.SOURCES, *timesformer.SOURCES,
 )  # fmt: skip
 FORMATS = ("vitrail", *sorted({source.name for source in SOURCES}))
 _NAMES = ("model.safetensors", "model.npz", "pytorch_model.bin", "model.pth", "checkpoint")
@@ -147,10 +148,10 @@ def load_checkpoint_card(source: str | Path) -> tuple[str, ModelCard | None]:
 def save_model(model: Model, path: str | Path, format: str = "vitrail", card: ModelCard | None = None) -> Path:
     """Write a model as a whole, to a folder (or, for "vitrail", a file ending in .safetensors); returns the weights' path.
 
-    format: vitrail, timm, transformers, torchvision, google, microsoft, pytorchvideo, pyslowfast, scenic or timesformer, where
-    that project has the family; its own loader then reads the folder strictly and gives the same logits. Labels and
-    preprocessing (`card`, by default the model's) travel along. Raises ValueError for an unknown format and CheckpointError
-    for a model that the project's architecture cannot hold.
+    format: vitrail, timm, transformers, torchvision, google, microsoft, dinov2, pytorchvideo, pyslowfast, scenic or
+    timesformer, where that project has the family; its own loader then reads the folder strictly and gives the same logits.
+    Labels and preprocessing (`card`, by default the model's) travel along. Raises ValueError for an unknown format and
+    CheckpointError for a model that the project's architecture cannot hold.
     """
     path, card = Path(path), card or model.card or ModelCard()
     if format not in FORMATS:
@@ -158,11 +159,11 @@ def save_model(model: Model, path: str | Path, format: str = "vitrail", card: Mo
     state = {key: value.detach() for key, value in model.state_dict().items()}
     if format == "vitrail":
         return _save_ours(model, state, path, card)
-    source = next((s for s in SOURCES if s.name == format and s.family == model.family), None)
-    if source is None:
+    sources = [s for s in SOURCES if s.name == format and s.family == model.family]
+    if not sources:
         has = [s.name for s in SOURCES if s.family == model.family]
         raise CheckpointError(f"{format} has no {model.family} here; this family can be written as: vitrail, {', '.join(has)}")
-    files = source.export(model.config, card)
+    source, files = _exported(sources, model.config, card)
     written = write(source.rules(model.config), state)
 
     def fill(folder: Path) -> None:
@@ -181,6 +182,17 @@ def save_model(model: Model, path: str | Path, format: str = "vitrail", card: Mo
         raise CheckpointError(f"{path} exists already; name a new folder")
     write_folder(path, fill)
     return path / source.container
+
+
+def _exported(sources: list[Source], config: Any, card: ModelCard) -> tuple[Source, dict[str, dict[str, Any]]]:
+    """The first of a project's architectures that can hold the model, and its files; the first one's reason when none can."""
+    refusals = []
+    for source in sources:
+        try:
+            return source, source.export(config, card)
+        except CheckpointError as problem:
+            refusals.append(problem)
+    raise refusals[0]
 
 
 def _save_ours(model: Model, state: State, path: Path, card: ModelCard) -> Path:

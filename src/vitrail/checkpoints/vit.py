@@ -37,8 +37,8 @@ def build_config(
     notes: list[str] = []
     width, channels, *_ = patch_weight.shape
     patch = (patch_weight.shape[2], patch_weight.shape[3])
-    prefix = int(known["class_token"]) + known.get("registers", 0)
     position = known.get("position", PositionConfig())
+    prefix = int(known["class_token"]) + (known.get("registers", 0) if position.registers else 0)
     config: dict[str, Any] = {"width": width, "in_channels": channels, "patch": patch, **known}
     if rows is not None:
         count = rows - (prefix if position.prefix else 0)
@@ -100,10 +100,12 @@ def timm_infer(state: State, files: Files, hints: Hints) -> tuple[ViTConfig, lis
     if rows is None:
         known["position"] = PositionConfig(kind="none")
     pooled = "fc_norm.weight" in state
+    hidden = state["blocks.0.mlp.fc2.weight"].shape[1]
+    gated = state["blocks.0.mlp.fc1.weight"].shape[0] == 2 * hidden
     return build_config(
         state, hints, state["patch_embed.proj.weight"], rows,
         class_token=token, registers=registers, depth=count_blocks(state, "blocks."),
-        mlp_dim=state["blocks.0.mlp.fc1.weight"].shape[0], num_classes=_classes(state, "head.weight"),
+        mlp_dim=hidden, mlp="swiglu" if gated else "plain", num_classes=_classes(state, "head.weight"),
         pool="cls" if token and not pooled else "mean", norm_after_pool=pooled,
         qkv_bias="blocks.0.attn.qkv.bias" in state, qk_norm="blocks.0.attn.q_norm.weight" in state,
         stem_norm="norm_pre.weight" in state, patch_bias="patch_embed.proj.bias" in state,
@@ -131,7 +133,10 @@ def _timm_card(config: ViTConfig, files: Files) -> ModelCard:
 
 def _timm_export(config: ViTConfig, card: ModelCard) -> dict[str, dict[str, Any]]:
     check_plain(config, "timm", activation="gelu", norm_eps=1e-6)
-    return timm_files("vit_base_patch16_224", config, card, timm_args(config))
+    args = timm_args(config)
+    if config.mlp == "swiglu":  # timm's configurations cannot say it, but this architecture has it; one layer makes both halves
+        return timm_files("vit_giant_patch14_dinov2", config, card, args | {"mlp_ratio": 2 * config.mlp_dim / config.width})
+    return timm_files("vit_base_patch16_224", config, card, args)
 
 
 def timm_args(config: ViTConfig) -> dict[str, Any]:
@@ -154,13 +159,17 @@ def timm_args(config: ViTConfig) -> dict[str, Any]:
 def check_plain(config: ViTConfig, project: str, **needed: Any) -> None:
     """Raise CheckpointError when the model has parts that the project's ViT does not know."""
     needed = {"representation": None, "patch_bias": not config.stem_norm} | needed
+    if project != "timm":
+        needed["mlp"] = "plain"
+    if config.position.kind == "1d" and config.registers and config.position.prefix:
+        needed["position"] = dataclasses.replace(needed.get("position", config.position), registers=True)
     for name, value in needed.items():
         if getattr(config, name) != value:
             raise CheckpointError(
                 f"{project} cannot hold {name}={getattr(config, name)!r} (it has {value!r}); nearest: format='vitrail'"
             )
     c = config.position
-    if c.kind not in ("1d", "none") or (c.kind == "1d" and c.place != "stem") or config.pool == "attention":
+    if c.kind not in ("1d", "none") or (c.kind == "1d" and c.place != "stem") or config.pool in ("attention", "cls_mean"):
         raise CheckpointError(
             f"{project} cannot hold position.kind={c.kind!r} at {c.place!r}, pool={config.pool!r}; nearest: format='vitrail'"
         )
@@ -318,13 +327,15 @@ def _is_timm(state: State) -> bool:
     patch = state.get("patch_embed.proj.weight")
     vit = patch is not None and patch.ndim == 4 and "blocks.0.attn.qkv.weight" in state
     hybrid = any(key.startswith("patch_embed.backbone.") for key in state)
-    return vit and not hybrid and "dist_token" not in state and "time_embed" not in state  # a distilled DeiT, a TimeSformer
+    dinov2 = "mask_token" in state and "blocks.0.ls1.gamma" in state
+    return vit and not hybrid and not dinov2 and "dist_token" not in state and "time_embed" not in state  # DeiT, TimeSformer
 
 
 def _is_hf(state: State) -> bool:
     patch = any(key.endswith("embeddings.patch_embeddings.projection.weight") and t.ndim == 4 for key, t in state.items())
-    distilled = any(key.endswith("embeddings.distillation_token") for key in state)  # a DeiT
-    return patch and not distilled and any(key.endswith("encoder.layer.0.attention.attention.query.weight") for key in state)
+    others = ("embeddings.distillation_token", "encoder.layer.0.layer_scale1.lambda1")  # a DeiT, a DINOv2
+    other = any(key.endswith(others) for key in state)
+    return patch and not other and any(key.endswith("encoder.layer.0.attention.attention.query.weight") for key in state)
 
 
 def _is_tv(state: State) -> bool:

@@ -106,7 +106,7 @@ def look(model: Model, images: Float[Tensor, "b c *t h w"]) -> AttentionView | N
         asking = "the pooling query"
         last = pooling[-1].float().mean(1)
         joint = last @ joint
-    elif model.config.pool == "cls":
+    elif model.config.pool.startswith("cls"):
         asking = "the class token"
     else:
         asking, query = "the mean over all patches", None

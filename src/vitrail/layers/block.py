@@ -29,6 +29,9 @@ class QuickGELU(nn.Module):
         return F.silu(1.702 * x) * (1 / 1.702)
 
 
+MLPS = ("plain", "swiglu")
+
+
 @dataclass(frozen=True)
 class BlockConfig:
     """What every block of an encoder has in common."""
@@ -43,6 +46,7 @@ class BlockConfig:
     layer_scale: float | None = None  # initial value of the per-channel gain of each branch; None: no gain
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    mlp: str = "plain"  # swiglu: DINOv2's giant
 
 
 def heads_problem(width: int, heads: int) -> str:
@@ -127,6 +131,21 @@ class MLP(nn.Module):
         return self.fc2(x)
 
 
+class SwiGLU(nn.Module):
+    """A gated MLP (arXiv 2002.05202): fc2(silu(a) * b), where fc1 gives a and b side by side."""
+
+    def __init__(self, width: int, hidden: int, dropout: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b c"]:
+        """Position-wise."""
+        gate, value = self.fc1(x).chunk(2, -1)
+        return self.drop(self.fc2(self.drop(F.silu(gate) * value)))
+
+
 @torch.no_grad()
 def init_encoder(model: nn.Module, kind: str = "xavier") -> None:
     """Initial weights of all products but the head's.
@@ -159,7 +178,11 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(config.width, config.norm_eps)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(config.width, config.norm_eps)
-        self.mlp = MLP(config.width, config.mlp_dim, config.activation, config.dropout)
+        self.mlp: nn.Module = (
+            SwiGLU(config.width, config.mlp_dim, config.dropout)
+            if config.mlp == "swiglu"
+            else MLP(config.width, config.mlp_dim, config.activation, config.dropout)
+        )
         scaled = config.layer_scale is not None
         self.scale1 = LayerScale(config.width, config.layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
         self.scale2 = LayerScale(config.width, config.layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]

@@ -20,22 +20,24 @@ Grid = tuple[int, int, int]
 KINDS = ("none", "1d", "2d", "sincos", "relative")
 PLACES = ("stem", "layers", "shared")
 VIDEO_KINDS = ("none", "joint", "separate")
-RESIZE_RULES = ("bicubic", "bicubic_plain", "bilinear_corners", "nearest", "nearest_sequence")
+RESIZE_RULES = ("bicubic", "bicubic_plain", "bicubic_offset", "bilinear_corners", "nearest", "nearest_sequence")
 
 
 @dataclass(frozen=True)
 class PositionConfig:
     """Which position embedding, where it is added, and by which rule it is resized to another grid.
 
-    `prefix`: whether class and register tokens have positions of their own (the original ViT: yes; big_vision and the
-    published register models: no). `resize`: `bicubic` (antialiased, ours and timm's), `bicubic_plain` (transformers, DeiT),
-    `bilinear_corners` (the original JAX code: corners aligned), `nearest` (TimeSformer), `nearest_sequence` (TimeSformer's
-    loader, which takes the grid for one line).
+    `prefix`: whether class and register tokens have positions of their own (the original ViT: yes; big_vision and timm's
+    register models: no); `registers`: whether the registers share in that (DINOv2: the class token alone). `resize`: `bicubic`
+    (antialiased, ours and timm's), `bicubic_plain` (transformers, DeiT), `bicubic_offset` (DINO and DINOv2: plain, by the
+    factor (new + 0.1) / old instead of new / old), `bilinear_corners` (the original JAX code: corners aligned), `nearest`
+    (TimeSformer), `nearest_sequence` (TimeSformer's loader, which takes the grid for one line).
     """
 
     kind: str = "1d"
     place: str = "stem"
     prefix: bool = True
+    registers: bool = True
     resize: str = "bicubic"
 
     def __post_init__(self) -> None:
@@ -75,6 +77,9 @@ def _resize_frames(
         grid = F.interpolate(grid, size, mode="bicubic", antialias=True)
     elif rule == "bicubic_plain":
         grid = F.interpolate(grid, size, mode="bicubic", align_corners=False)
+    elif rule == "bicubic_offset":  # a guard against rounding down, which shifts the sampling points by up to 0.1 cells
+        factors = ((size[0] + 0.1) / old[0], (size[1] + 0.1) / old[1])
+        grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", align_corners=False)
     elif rule == "bilinear_corners":
         grid = F.interpolate(grid, size, mode="bilinear", align_corners=True)
     else:

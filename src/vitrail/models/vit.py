@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from vitrail.layers.block import ACTIVATIONS, Block, BlockConfig, heads_problem, init_encoder
+from vitrail.layers.block import ACTIVATIONS, MLPS, Block, BlockConfig, heads_problem, init_encoder
 from vitrail.layers.embed import PatchEmbed, size_problem
 from vitrail.layers.features import Features
 from vitrail.layers.head import AttentionPool, ClassifierHead
@@ -19,7 +19,7 @@ from vitrail.layers.position import PositionConfig, PositionTable, RelativePosit
 
 from .base import Model, drop_path_rates
 
-POOLS = ("cls", "mean", "attention")
+POOLS = ("cls", "mean", "cls_mean", "attention")
 INITS = ("xavier", "normal")
 
 
@@ -35,12 +35,13 @@ class ViTConfig:
     depth: int = 12
     heads: int = 12
     mlp_dim: int = 3072
-    pool: str = "cls"  # cls, mean (of the patch tokens), attention
+    pool: str = "cls"  # cls, mean (of the patch tokens), cls_mean (both side by side: DINOv2's classifiers), attention
     class_token: bool = True
     registers: int = 0  # register tokens (arXiv 2309.16588), after the class token
     position: PositionConfig = field(default_factory=PositionConfig)
     norm_eps: float = 1e-6  # flax, timm, torchvision; transformers: 1e-12
     activation: str = "gelu"  # gelu_tanh in the original JAX code
+    mlp: str = "plain"  # swiglu: DINOv2's giant
     qkv_bias: bool = True
     qk_norm: bool = False
     patch_bias: bool = True
@@ -61,11 +62,11 @@ class ViTConfig:
             raise ValueError(problem)
         if problem := heads_problem(self.width, self.heads):
             raise ValueError(problem)
-        for name, allowed in (("pool", POOLS), ("activation", tuple(ACTIVATIONS)), ("init", INITS)):
+        for name, allowed in (("pool", POOLS), ("activation", tuple(ACTIVATIONS)), ("mlp", MLPS), ("init", INITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
-        if self.pool == "cls" and not self.class_token:
-            raise ValueError("pool is 'cls' but class_token is off; allowed without a class token: mean, attention")
+        if self.pool.startswith("cls") and not self.class_token:
+            raise ValueError(f"pool is {self.pool!r} but class_token is off; allowed without a class token: mean, attention")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -76,6 +77,11 @@ class ViTConfig:
     def prefix(self) -> int:
         """Tokens before the patches."""
         return int(self.class_token) + self.registers
+
+    @property
+    def embedding(self) -> int:
+        """Width of the pooled embedding."""
+        return 2 * self.width if self.pool == "cls_mean" else self.width
 
 
 class ViT(Model):
@@ -92,13 +98,14 @@ class ViT(Model):
         self.registers = nn.Parameter(torch.zeros(1, c.registers, c.width)) if c.registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, 1, c.width)) if c.mask_token else None
         kind, tables = c.position.kind, {"stem": 1, "shared": 1, "layers": c.depth}[c.position.place]
+        placed = c.prefix if c.position.registers else int(c.class_token)  # tokens of the prefix that may have a position
         self.positions = nn.ModuleList()
         if kind == "relative":
             count = c.depth if c.position.place != "shared" else 1
             grid = (1, *c.grid)
             self.positions.extend(RelativePosition(c.width // c.heads, grid, grid, c.prefix) for _ in range(count))
         elif kind != "none":
-            self.positions.extend(PositionTable(c.position, c.width, c.grid, c.prefix) for _ in range(tables))
+            self.positions.extend(PositionTable(c.position, c.width, c.grid, placed) for _ in range(tables))
         self.drop = nn.Dropout(c.dropout)
         self.stem_norm = nn.LayerNorm(c.width, c.norm_eps) if c.stem_norm else nn.Identity()
         shared = {f.name: getattr(c, f.name) for f in dataclasses.fields(BlockConfig)}
@@ -107,7 +114,7 @@ class ViT(Model):
         self.attention_pool = (
             AttentionPool(c.width, c.heads, c.mlp_dim, c.norm_eps, c.activation) if c.pool == "attention" else None
         )
-        self.head = ClassifierHead(c.width, c.num_classes, c.representation, c.head_bias)
+        self.head = ClassifierHead(c.embedding, c.num_classes, c.representation, c.head_bias)
         self._init_weights()
 
     def features(self, x: Float[Tensor, "b c h w"], mask: Bool[Tensor, "b n"] | None = None) -> Features:
@@ -136,11 +143,13 @@ class ViT(Model):
         return Features(tokens, grid, self.config.prefix)
 
     def pool(self, features: Features) -> Float[Tensor, "b c"]:
-        """The class token, the mean of the patch tokens, or the attention pool's answer over all tokens."""
+        """The class token, the mean of the patch tokens, both side by side, or the attention pool's answer over all tokens."""
         if self.attention_pool is not None:
             x = self.attention_pool(features.tokens)
         elif self.config.pool == "mean":
             x = features.patches.mean(1)
+        elif self.config.pool == "cls_mean":
+            x = torch.cat([features.tokens[:, 0], features.patches.mean(1)], 1)
         else:
             x = features.tokens[:, 0]
         return self.norm(x) if self.config.norm_after_pool else x
@@ -161,9 +170,9 @@ class ViT(Model):
 
     def _add_table(self, tokens: Tensor, position: nn.Module, grid: tuple[int, int, int]) -> Tensor:
         first, patches = position(grid[1:])
-        missing = self.config.prefix if first is None else 0
-        both = [patches.new_zeros(1, missing, patches.shape[-1]) if missing else first, patches]
-        return tokens + torch.cat([t for t in both if t is not None], 1)
+        missing = self.config.prefix - (0 if first is None else first.shape[1])
+        zeros = patches.new_zeros(1, missing, patches.shape[-1]) if missing else None
+        return tokens + torch.cat([t for t in (first, zeros, patches) if t is not None], 1)
 
     @property
     def input_multiple(self) -> tuple[int, int]:
@@ -173,7 +182,7 @@ class ViT(Model):
     def reset_head(self, num_classes: int) -> None:
         """A zero-initialised linear head in place of the whole old one, representation layer included (section 3.2)."""
         self.config = dataclasses.replace(self.config, num_classes=num_classes, representation=None)
-        self.head = ClassifierHead(self.config.width, num_classes).to(self.norm.weight.device)
+        self.head = ClassifierHead(self.config.embedding, num_classes).to(self.norm.weight.device)
 
     def layer_ids(self) -> dict[str, int]:
         """Stem 0, block i at i + 1, final norm and head at depth + 1."""
