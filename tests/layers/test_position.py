@@ -49,6 +49,14 @@ def test_volumes_resize_frame_by_frame(old: tuple[int, int, int], new: tuple[int
     torch.testing.assert_close(got, one.repeat(new[0], 1), atol=1e-5, rtol=1e-5)
 
 
+def test_a_grid_of_one_column_is_resized_along_it() -> None:
+    table = torch.tensor([[0.0, 5.0], [1.0, 7.0]])
+    for rule in RESIZE_RULES:
+        column, row = resize_grid(table, (2, 1), (3, 1), rule), resize_grid(table, (1, 2), (1, 3), rule)
+        torch.testing.assert_close(column, row)
+        assert len(column.unique(dim=0)) > 1
+
+
 def test_transposing_commutes_with_resizing() -> None:
     table = torch.randn(4 * 6, 5)
     turned = table.view(4, 6, 5).transpose(0, 1).reshape(24, 5)

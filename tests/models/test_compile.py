@@ -6,8 +6,6 @@ import pytest
 
 from vitrail.models import MODELS
 
-pytestmark = pytest.mark.compiler
-
 FULL_GRAPH = """
 import sys, torch
 from vitrail.layers.attention import attention_sites, record_attention
@@ -29,7 +27,7 @@ for n, p in model.named_parameters():
 
 model = create_model(name, depth=1) if "depth" in vars(model.config) else model
 model.eval()
-compiled = torch.compile(model, fullgraph=True)
+compiled = torch.compile(model, fullgraph=True, backend=sys.argv[2])
 with torch.inference_mode():
     torch.testing.assert_close(compiled(x), model(x), atol=2e-5, rtol=1e-4)
     if sites := attention_sites(model):
@@ -44,4 +42,9 @@ print("same function")
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "_micro" in name])
 def test_compiles_to_a_full_graph(name: str, run_python) -> None:
-    assert "same function" in run_python(FULL_GRAPH, name)
+    assert "same function" in run_python(FULL_GRAPH, name, "aot_eager")
+
+
+@pytest.mark.compiler
+def test_compiles_to_machine_code(run_python) -> None:
+    assert "same function" in run_python(FULL_GRAPH, "vit_micro_patch4_16", "inductor")

@@ -74,6 +74,8 @@ def _resize_frames(
     work = frames if dtype == torch.float64 else frames.float()
     grid = work.transpose(1, 2).unflatten(2, old)
     if rule == "bicubic":
+        if old[1] == 1:  # the antialiased kernel gives every row the first one's values where there is a single column
+            grid = grid.repeat(1, 1, 1, 2)
         grid = F.interpolate(grid, size, mode="bicubic", antialias=True)
     elif rule == "bicubic_plain":
         grid = F.interpolate(grid, size, mode="bicubic", align_corners=False)
