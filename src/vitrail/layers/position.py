@@ -73,9 +73,9 @@ def _resize_frames(
     dtype = frames.dtype
     work = frames if dtype == torch.float64 else frames.float()
     grid = work.transpose(1, 2).unflatten(2, old)
-    if rule == "bicubic":
-        if old[1] == 1:  # the antialiased kernel gives every row the first one's values where there is a single column
-            grid = grid.repeat(1, 1, 1, 2)
+    if rule == "bicubic" and size[1] == 1:  # where one column is left, the antialiased kernel repeats its first row
+        grid = F.interpolate(grid.mT, size[::-1], mode="bicubic", antialias=True).mT
+    elif rule == "bicubic":
         grid = F.interpolate(grid, size, mode="bicubic", antialias=True)
     elif rule == "bicubic_plain":
         grid = F.interpolate(grid, size, mode="bicubic", align_corners=False)
