@@ -73,7 +73,9 @@ def test_rotation_is_applied(degrees: int, tmp_path: Path) -> None:
     with Video(str(turned)) as video, Video(str(plain)) as reference:
         assert video.size == ((64, 48) if degrees % 180 else (48, 64))
         (_, pixels), (_, stored) = next(video.frames([5])), next(reference.frames([5]))
-        assert (pixels == np.rot90(stored, degrees // 90)).all()
+        wanted = np.rot90(stored, degrees // 90).astype(int)  # another encoding: its threads may round otherwise
+        assert np.abs(pixels - wanted).mean() < 2
+        assert np.abs(pixels - wanted[::-1]).mean() > 4
 
 
 def test_grey_and_threads(tmp_path: Path) -> None:

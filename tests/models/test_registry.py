@@ -231,7 +231,7 @@ def test_stochastic_depth_and_dropout_are_seeded_and_training_only() -> None:
         (lambda: create_model("vit_micro_patch4_16", **{"position.knd": "1d"}), "did you mean 'kind'"),
         (lambda: create_model("vit_micro_patch4_16", image_size=(18, 16)), "nearest valid: 16x16 or 20x16"),
         (lambda: create_model("vit_micro_patch4_16", heads=5), "nearest valid: 4 or 2"),
-        (lambda: create_model("vit_micro_patch4_16", pool="max"), "allowed: cls, mean, attention"),
+        (lambda: create_model("vit_micro_patch4_16", pool="max"), "allowed: cls, mean, cls_mean, attention"),
         (lambda: create_model("vit_micro_patch4_16", class_token=False), "allowed without a class token"),
         (lambda: create_model("vit_micro_patch4_16")(torch.randn(1, 3, 15, 16)), "nearest valid: 12x16 or 16x16"),
         (lambda: create_model("resnet_micro", depths=()), "at least one block"),

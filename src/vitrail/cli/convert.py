@@ -28,7 +28,7 @@ class Arguments:
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to write; it must not exist yet (vitrail format: also a file ending in .safetensors)."""
     to: Literal[
-        "vitrail", "google", "microsoft", "pyslowfast", "pytorchvideo", "scenic", "timesformer", "timm", "torchvision",
+        "vitrail", "dinov2", "google", "microsoft", "pyslowfast", "pytorchvideo", "scenic", "timesformer", "timm", "torchvision",
         "transformers",
     ] = "vitrail"  # fmt: skip
     """The naming to write."""
