@@ -28,8 +28,8 @@ class Arguments:
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to write; it must not exist yet (vitrail format: also a file ending in .safetensors)."""
     to: Literal[
-        "vitrail", "dinov2", "google", "microsoft", "pyslowfast", "pytorchvideo", "scenic", "timesformer", "timm", "torchvision",
-        "transformers",
+        "vitrail", "dinov2", "google", "microsoft", "pyslowfast", "pytorchvideo", "scenic", "timesformer", "timm",
+        "torchvision", "transformers",
     ] = "vitrail"  # fmt: skip
     """The naming to write."""
     image_size: tuple[int, int] | None = None  # height,width in pixels to resize position embeddings for
