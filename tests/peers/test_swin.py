@@ -68,7 +68,7 @@ def test_we_read_what_timm_makes(name: str, tmp_path, record_property) -> None:
         compare(record_property, "swin", "timm", READS, model(x), peer(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # inside timm
+@pytest.mark.filterwarnings("ignore:torch.searchsorted", "ignore:Using a non-tuple sequence")  # inside timm
 def test_timm_at_another_size(record_property) -> None:
     """Both read the same weights for larger pictures and windows: timm's rule resizes the tables, roll and padding as timm."""
     import timm
