@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vitrail.checkpoints import load_model
 from vitrail.checkpoints.io import write_text
@@ -18,13 +15,11 @@ from vitrail.cost import count_parameters, pick_device
 from vitrail.data import Data, open_data
 from vitrail.evaluation import Report, evaluate
 from vitrail.inspection import pictures, sections, training_data
+from vitrail.inspection.page import render
 from vitrail.inspection.run import REPORT, RunRecord, environment, read_run
 from vitrail.models import Model
 
 PAGE = "report.html"
-_TEMPLATES = Environment(
-    loader=PackageLoader("vitrail.inspection"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-)
 _TITLES = {
     "result": "Result", "training": "Training", "confusion": "Confusion", "classes": "Classes", "mistakes": "Mistakes",
     "attention": "Attention", "calibration": "Calibration", "data": "Data", "reproduce": "Reproduce",
@@ -50,16 +45,8 @@ def write_report(run_dir: str | Path, *, model: Model | None = None, data: Any =
             raise ConfigError(f"{run.path}: the data cannot be opened and no evaluation is stored there; {problem}")
         report = Report.load(run.path / REPORT)
         report = replace(report, notes=(*report.notes, f"The data could not be opened, so no pictures are shown: {problem}"))
-    write_text(run.path / PAGE, render(_context(run, model, opened, report)))
+    write_text(run.path / PAGE, render("report.html.jinja", _TITLES, _context(run, model, opened, report)))
     return run.path / PAGE
-
-
-def render(context: dict[str, Any]) -> str:
-    """The page's text from its sections."""
-    contents = [(name, title) for name, title in _TITLES.items() if context[name]]
-    return _TEMPLATES.get_template("report.html.jinja").render(
-        contents=contents, band=_glass(48), panes=_window(), version=version("vitrail"), **context
-    )
 
 
 def _open(run: RunRecord, model: Model, data: Any) -> tuple[Data | None, str]:
@@ -90,7 +77,6 @@ def _context(run: RunRecord, model: Model, data: Data | None, report: Report) ->
     context: dict[str, Any] = {
         "title": f"{data.name if data else Path(config.data).stem or run.path.name} · {model.name or model.family}",
         "subtitle": _subtitle(run, model, data, report),
-        "made": f"{datetime.now():%d %B %Y, %H:%M}".lstrip("0"),
         "result": sections.result(report, count_parameters(model), run.minutes, weights, _caution(data, report)),
         "training": sections.training(run.of_kind("train"), run.of_kind("eval"), config.objective.loss),
         "confusion": sections.confusion(report),
@@ -149,14 +135,3 @@ def _caution(data: Data | None, report: Report) -> str:
     if data is not None and data.val is not None and data.val is data.test:
         return "These pictures were not trained on, but progress was judged by them during training too."
     return "These pictures were not used in training in any way."
-
-
-def _glass(count: int) -> list[dict[str, Any]]:
-    """Shades of `count` panes: one accent in many strengths, a few in amber and ruby; the same on every page."""
-    shades = [0.9, 0.45, 0.7, 0.3, 0.8, 0.55, 1.0, 0.38, 0.62, 0.85, 0.5]
-    colours = {5: "#d8a23a", 13: "var(--wrong)", 18: "#d8a23a"}
-    return [{"fill": colours.get(i % 23, "var(--accent)"), "opacity": shades[(i * 7) % len(shades)]} for i in range(count)]
-
-
-def _window() -> list[dict[str, Any]]:
-    return [{"x": 3 + 13.5 * (i % 4), "y": 3 + 13 * (i // 4), **shade} for i, shade in enumerate(_glass(24))]
