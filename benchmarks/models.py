@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import functools
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -424,7 +425,7 @@ def verdict(entries: dict[str, dict[str, Any]], flops: int, device: str, precisi
 def main() -> None:
     """Run the cells asked for, one by one; each is merged into the results as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cells whose name contains this text")
+    parser.add_argument("--only", default="", help="cells whose name this regular expression is found in, e.g. 'vit_.*bf16'")
     parser.add_argument("--pairs", type=int, default=11)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
@@ -434,7 +435,7 @@ def main() -> None:
             for precision in PRECISIONS:
                 for mode in MODES:
                     cell = f"{name} {task} {precision} {mode}"
-                    if arguments.only not in cell:
+                    if not re.search(arguments.only, cell):
                         continue
                     if arguments.list:
                         print(cell)
