@@ -91,7 +91,8 @@ def test_forecast_is_near_the_measured_peak_of_a_step(precision: str) -> None:
         with cost.autocast(torch.device("cpu"), precision):
             logits = model(images)
         torch.nn.functional.cross_entropy(logits.float(), torch.zeros(batch, dtype=torch.long)).backward()
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
     events = profiler.profiler.kineto_results.events()
     held = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
     memory = cost.forecast_memory(model, batch, precision=precision)
