@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     arguments = parser.parse_args()
+    kind = f"{arguments.device}-amx" if arguments.device == "cpu" and attention._AMX else arguments.device
     for dtype in (torch.float32, torch.bfloat16):
         for training in (False, True):
             for b, n, heads in SHAPES:
@@ -59,7 +60,7 @@ def main() -> None:
                 task, precision = "train" if training else "infer", "fp32" if dtype == torch.float32 else "bf16"
                 row = {"ratio": statistics.median(ratios), "low": low, "high": high, "pairs": arguments.pairs}
                 cell = f"{precision} {task} batch {b} tokens {n} heads {heads}"
-                merge(f"attention-{arguments.device}", cell, row, machine(arguments.device, ("torch",)))
+                merge(f"attention-{kind}", cell, row, machine(arguments.device, ("torch",)))
                 print(f"{cell:42s} {row['ratio']:.2f} [{low:.2f}, {high:.2f}]", flush=True)
 
 

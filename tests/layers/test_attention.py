@@ -27,6 +27,17 @@ def test_both_kernels_agree(monkeypatch: pytest.MonkeyPatch, biased: bool) -> No
         torch.testing.assert_close(a, b)
 
 
+def test_bfloat16_takes_the_fused_kernel_for_inference_with_matrix_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = (t.bfloat16() for t in operands())
+    trained = q.clone().requires_grad_()
+    for tiles in (True, False):
+        monkeypatch.setattr(attention, "_AMX", tiles)
+        assert attention._prefers_fused(q, k, None) is tiles
+        assert not attention._prefers_fused(trained, k, None)
+        with torch.no_grad():
+            assert attention._prefers_fused(trained, k, None) is tiles
+
+
 def test_default_scale_is_the_head_dims() -> None:
     q, k, v = operands()
     expected = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1) @ v
