@@ -122,6 +122,7 @@ class DataConfig:
     max_pixels: int = 178_956_970  # larger pictures are refused as decompression bombs
     workers: int = -1  # loader processes; -1 = chosen from cores and picture size
     max_samples: int = 0  # per class, 0 = all
+    subset_seed: int = 0  # which samples max_samples keeps; with the same seed a smaller subset is part of every larger one
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "train": Verb("train", "train a model on a folder, a table, shards or an embedded set; or resume a run"),
         "eval": Verb("evaluate", "measure a trained model on a data set, with confidence intervals"),
         "report": Verb("report", "write report.html of a run again: curves, errors as pictures, attention"),
+        "study": Verb("study", "run an experiment over many models, sizes and seeds, with a page at the end"),
     },
     "Use": {
         "predict": Verb("predict", "name what is in pictures: files, folders, patterns or paths from stdin"),

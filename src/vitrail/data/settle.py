@@ -13,7 +13,7 @@ import pyarrow as pa
 from vitrail.config import ConfigError, DataConfig
 from vitrail.data.listing import Listing, sort_classes
 from vitrail.data.samples import Data, DataError, ImageDataset, count
-from vitrail.data.splits import choose_splits, content_numbers, cut_validation, nested_subset
+from vitrail.data.splits import choose_splits, content_numbers, cut_validation, nested_subset, reseeded
 
 
 def settle(listing: Listing, config: DataConfig, name: str, wanted: Sequence[str] | None = None) -> Data:
@@ -43,7 +43,7 @@ def settle(listing: Listing, config: DataConfig, name: str, wanted: Sequence[str
     train = places["train"]
     if config.max_samples and train is not None and len(train):
         numbers = content_numbers(listing.store, train, listing.keys)[:, 1]
-        kept = train[nested_subset(numbers, targets[train], config.max_samples)]
+        kept = train[nested_subset(reseeded(numbers, config.subset_seed), targets[train], config.max_samples)]
         notes.append(f"training on {len(kept):,} of {len(train):,} samples (max_samples {config.max_samples})")
         places["train"] = kept
 

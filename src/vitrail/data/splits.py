@@ -139,3 +139,18 @@ def nested_subset(numbers: np.ndarray, targets: np.ndarray, per_class: int) -> n
     unlabelled = ~(targets[order] > 0).any(1)
     lacking |= unlabelled & (np.cumsum(unlabelled) <= per_class)
     return np.sort(order[lacking])
+
+
+def reseeded(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """Other numbers of the same samples, for another choice of them; seed 0 leaves them as they are.
+
+    numbers: float64 (n,) in [0, 1). The seed is mixed into each one's bits (the finaliser of splitmix64), so that two seeds
+    order the samples independently, still by their content only.
+    """
+    if not seed:
+        return numbers
+    with np.errstate(over="ignore"):
+        bits = (numbers * 2.0**53).astype(np.uint64) + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15)
+        bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((bits ^ (bits >> np.uint64(31))) >> np.uint64(11)) / 2.0**53

@@ -25,7 +25,8 @@ from vitrail.evaluation.metrics import CalibrationBin
 # Placeholders drawn by matplotlib and replaced in the SVG by the page's own colours, so that one figure fits light and dark.
 INK, MUTED, LINE, ACCENT, WRONG = "#010203", "#010204", "#010205", "#010206", "#010207"
 _COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)", ACCENT: "var(--accent)", WRONG: "var(--wrong)"}
-_STYLE: dict[Any, Any] = {
+LIGHT = {INK: "#1c222d", MUTED: "#646c7a", LINE: "#e5e1d7", ACCENT: "#1f4fa3", WRONG: "#a5313c"}
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: the page's font, and any script a class name is written in
     "font.size": 10,
     "axes.edgecolor": LINE,
@@ -58,7 +59,7 @@ SMALL_PICTURE = 64  # pictures up to this side are kept without loss and shown i
 
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, *, percent: bool = False) -> Markup:
     """A chart of named lines {name: (x, y)} over epochs; values that are not finite leave a gap."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
         axes = figure.subplots()
         for (name, (x, y)), colour, style in zip(lines.items(), (ACCENT, WRONG, MUTED), ("-", "-", "--"), strict=False):
@@ -79,7 +80,7 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: 
 
 def calibration(bins: Sequence[CalibrationBin]) -> Markup:
     """Reliability diagram: how often right against how sure, above the number of answers per bin."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.6, 4.0), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         filled = [part for part in bins if part.count]
@@ -99,7 +100,7 @@ def calibration(bins: Sequence[CalibrationBin]) -> Markup:
 
 def distances(layers: Sequence[Float[Tensor, " k"]], even: float) -> Markup:
     """Mean attention distance in pixels of every head, layer by layer; `even` is that of attention to all patches alike."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
         axes = figure.subplots()
         depth = np.arange(1, len(layers) + 1)
@@ -136,7 +137,7 @@ def confusion_chart(confusion: NDArray[np.int64], classes: Sequence[str]) -> Mar
     pixels = np.where(right[..., None] > 0, [*_CELL_RIGHT, 0.0], [*_CELL_WRONG, 0.0])
     pixels[..., 3] = np.where(shares > 0, 0.15 + 0.85 * (right + np.sqrt(shares - right)), 0.0)
     named = len(classes) <= 60
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
+    with matplotlib.rc_context(STYLE | {"axes.grid": False, "axes.spines.top": True, "axes.spines.right": True}):
         figure = Figure(figsize=(7.6, 7.4), layout="constrained")
         axes = figure.subplots()
         axes.imshow(pixels.clip(0, 1), interpolation="none", aspect="equal")
@@ -148,11 +149,16 @@ def confusion_chart(confusion: NDArray[np.int64], classes: Sequence[str]) -> Mar
         return svg(figure, "confusion matrix")
 
 
+def light(style: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The settings of `style` that name a placeholder, with the colour of a light page instead: for files outside of pages."""
+    return {name: LIGHT[value] for name, value in style.items() if isinstance(value, str) and value in LIGHT}
+
+
 def svg(figure: Figure, label: str) -> Markup:
     """The figure as inline SVG: the page's colours, no fixed size, no ids that could meet another figure's."""
     buffer = io.StringIO()
     empty: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": label}), warnings.catch_warnings():
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": label}), warnings.catch_warnings():
         # Matplotlib measures with its own font, which lacks some scripts; the browser draws with the reader's fonts.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(buffer, format="svg", transparent=True, metadata=empty)

@@ -1,5 +1,39 @@
-"""Comparisons over many runs."""
+"""Comparisons over many runs, and the registry of the studies that `vitrail study` offers.
 
-from vitrail.studies.grid import Cell, Grid, run_grid
+A study is one module with `EXAMPLES`, a frozen `Config(StudyConfig)`, `measure(config)`, which gives rows of plain values and
+goes on where it was stopped, and `conclude(config, rows)`, which makes `Findings` of them. Such a module imports no torch
+before it measures, so that its settings can be explained at once.
+"""
 
-__all__ = ["Cell", "Grid", "run_grid"]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from vitrail.studies.grid import Cell, Grid, run_grid
+    from vitrail.studies.study import run_study
+
+__all__ = ["STUDIES", "Cell", "Grid", "run_grid", "run_study"]
+
+
+class Entry(NamedTuple):
+    """A row of the registry: the module in this room, and one line of what the study answers."""
+
+    module: str
+    summary: str
+
+
+STUDIES: dict[str, Entry] = {
+    "pooling": Entry("pooling", "class token or mean of the patches, each with its own learning rate"),
+}
+
+_PUBLIC = {"Cell": "grid", "Grid": "grid", "run_grid": "grid", "run_study": "study"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name's module when it is first used: the registry is read without torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'vitrail.studies' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    import importlib
+
+    return getattr(importlib.import_module(f"vitrail.studies.{_PUBLIC[name]}"), name)

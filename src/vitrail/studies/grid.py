@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import json
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import torch
 
 from vitrail.checkpoints.io import read_json, write_text
 from vitrail.config import ConfigError, RunConfig, replace_dotted, replace_flat, to_dict, unknown
-from vitrail.cost import count_flops
+from vitrail.cost import count_flops, count_parameters
 from vitrail.data import open_data
 from vitrail.evaluation.classify import evaluate
 from vitrail.models import MODELS, build
@@ -44,7 +45,8 @@ class Cell:
     def folder(self) -> str:
         """The name of its run directory."""
         data = Path(self.data).name.split(".")[0]
-        return "-".join(part for part in (data, self.model, self.variant, f"seed{self.seed}") if part)
+        name = "-".join(part for part in (data, self.model, self.variant, f"seed{self.seed}") if part)
+        return re.sub(r"[^\w.,+=-]+", "_", name)
 
 
 @dataclass(frozen=True)
@@ -70,24 +72,27 @@ class Grid:
         return found
 
     def __str__(self) -> str:
-        head = f"{'data':<16}{'model':<34}{'variant':<14}{self.metric + ': mean':>14}{'spread':>9}{'seeds':>7}{'FLOPs':>10}"
-        lines = [
-            f"{Path(r['data']).name:<16}{r['model']:<34}{r['variant']:<14}{r['mean']:>14.4f}{r['spread']:>9.4f}{r['seeds']:>7}"
-            f"{r['flops']:>10.2e}"
-            for r in self.summary()
-        ]
-        return "\n".join([head, *lines])
+        rows = [{**row, "data": Path(row["data"]).name} for row in self.summary()]
+        width = {name: max(map(len, (name, *(row[name] for row in rows)))) + 2 for name in ("data", "model", "variant")}
+        head = "".join(f"{name:<{width[name]}}" for name in width)
+        lines = [f"{head}{self.metric + ': mean':>14}{'spread':>9}{'seeds':>7}{'FLOPs':>10}"]
+        for row in rows:
+            names = "".join(f"{row[name]:<{width[name]}}" for name in width)
+            lines.append(f"{names}{row['mean']:>14.4f}{row['spread']:>9.4f}{row['seeds']:>7}{row['flops']:>10.2e}")
+        return "\n".join(lines)
 
 
 def run_grid(
     out: str | Path,
     *,
     data: Sequence[str] | Mapping[str, Any],
-    models: Sequence[str],
+    models: Sequence[str] | Mapping[str, Mapping[str, Any]],
     seeds: Iterable[int] = (0, 1, 2),
     variants: Mapping[str, Mapping[str, Any]] | None = None,
     base: RunConfig | None = None,
     budget_flops: float = 0,
+    warmup: float = 0,
+    subsets: bool = False,
     tests: Mapping[str, Any] | None = None,
     metric: str = "top1",
     **settings: Any,
@@ -95,34 +100,79 @@ def run_grid(
     """Train and evaluate every combination of data, model, variant and seed; returns all results, also in out/cells.csv.
 
     data: paths and names of embedded sets, or {name: anything that a run takes}. variants: {name: settings by their own name},
-    such as {"plain": {}, "mixup": {"mixup": 0.8}}. `settings` change `base` for all cells. budget_flops: training FLOPs of
-    every cell (3 forward passes a step), so that models are compared at equal cost; steps follow from it. tests: {name: data}
+    such as {"plain": {}, "mixup": {"mixup": 0.8}}. models: names, or in the same way {name: settings}, "model" among them;
+    their `overrides` are added to those of a variant, which win. `settings` change `base` for all cells. budget_flops: training
+    FLOPs of every cell (3 forward passes a step), so that models are compared at equal cost; steps follow from it, and `warmup`
+    is a fraction of them. subsets: `subset_seed` is the seed too. tests: {name: data}
     on which every finished model is evaluated too, in columns "metric@name". Called again with the same settings it goes on
     where it was stopped. Raises ConfigError for unknown models and for cells that were run with other settings.
     """
     sources = dict(data) if isinstance(data, Mapping) else {str(name): name for name in data}
     variants = variants or {"": {}}
-    for model in models:
-        if model.partition(".")[0] not in MODELS:
-            raise unknown("model", model, MODELS)
+    kinds = dict(models) if isinstance(models, Mapping) else {model: {"model": model} for model in models}
+    for kind in kinds.values():
+        if str(kind["model"]).partition(".")[0] not in MODELS:
+            raise unknown("model", str(kind["model"]), MODELS)
     common = replace_flat(base or RunConfig(), {"report": False, "tensorboard": False, **settings})
     path, rows = Path(out), []
-    cells = [Cell(*parts) for parts in itertools.product(sources, models, variants, seeds)]
+    cells = [Cell(*parts) for parts in itertools.product(sources, kinds, variants, seeds)]
     if len({cell.folder for cell in cells}) < len(cells):
         raise ConfigError("two data sets of this grid have the same name; give them as {name: data}")
+    clock = _Clock(len(cells))
     for number, cell in enumerate(cells, 1):
-        print(f"cell {number} of {len(cells)}: {cell.folder}", flush=True)
-        config = replace_flat(common, {**variants[cell.variant], "model": cell.model, "seed": cell.seed})
-        rows.append(_run_cell(path / cell.folder, cell, config, sources[cell.data], budget_flops, tests or {}, metric))
-        _write_table(path / TABLE, rows)
+        print(f"cell {number} of {len(cells)}: {cell.folder}{clock.left()}", flush=True)
+        changes = _changes(kinds[cell.model], variants[cell.variant], cell.seed, subsets)
+        asked = Asked(replace_flat(common, changes), budget_flops, warmup, tests or {}, metric)
+        rows.append(_run_cell(path / cell.folder, cell, asked, sources[cell.data], clock))
+        write_rows(path / TABLE, rows)
     grid = Grid(path, rows, metric)
     print(grid, flush=True)
     return grid
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What a cell is asked to be."""
+
+    config: RunConfig
+    budget_flops: float
+    warmup: float
+    tests: Mapping[str, Any]
+    metric: str
+
+    def plain(self) -> dict[str, Any]:
+        """As it is written down, to be compared when the grid is called again."""
+        asked = {"config": to_dict(self.config), "budget_flops": self.budget_flops, "warmup": self.warmup}
+        return dict(json.loads(json.dumps({**asked, "tests": sorted(self.tests)})))
+
+
+@dataclass
+class _Clock:
+    """How long the rest will take, judged by the cells of this call."""
+
+    cells: int
+    passed: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    def left(self) -> str:
+        if not self.seconds:
+            return ""
+        return f" (about {fmean(self.seconds) * (self.cells - self.passed) / 60:.1f} min left)"
+
+
+def _changes(kind: Mapping[str, Any], variant: Mapping[str, Any], seed: int, subsets: bool) -> dict[str, Any]:
+    overrides = {**kind.get("overrides", {}), **variant.get("overrides", {})}
+    seeds = {"seed": seed, **({"subset_seed": seed} if subsets else {})}
+    return {**kind, **variant, **({"overrides": overrides} if overrides else {}), **seeds}
+
+
 def steps_within(budget_flops: float, config: RunConfig, data: Any) -> tuple[int, float]:
     """(optimiser steps that a budget of training FLOPs pays for, FLOPs of one step). Raises ConfigError for less than one."""
-    changes: dict[str, Any] = {**config.overrides, "num_classes": len(open_data(data, config.data_config).classes)}
+    return _steps_within(budget_flops, config, len(open_data(data, config.data_config).classes))
+
+
+def _steps_within(budget_flops: float, config: RunConfig, classes: int) -> tuple[int, float]:
+    changes: dict[str, Any] = {**config.overrides, "num_classes": classes}
     if config.input.image_size is not None:
         changes["image_size"] = config.input.image_size
     if config.input.channels is not None:
@@ -137,32 +187,37 @@ def steps_within(budget_flops: float, config: RunConfig, data: Any) -> tuple[int
     return int(budget_flops // step), float(step)
 
 
-def _run_cell(
-    folder: Path, cell: Cell, config: RunConfig, data: Any, budget: float, tests: Mapping[str, Any], metric: str
-) -> dict[str, Any]:
+def _run_cell(folder: Path, cell: Cell, asked: Asked, source: Any, clock: _Clock) -> dict[str, Any]:
     """The row of one cell: read if it was finished, else trained (on) and evaluated."""
-    asked = json.loads(json.dumps({"config": to_dict(config), "budget_flops": budget, "tests": sorted(tests)}))
+    clock.passed += 1
     done = read_json(folder / RESULT)
     if done:
-        if done["asked"] != asked:
-            raise ConfigError(f"{folder} was run with other settings ({_first_change(done['asked'], asked)}); name another out")
+        if done["asked"] != asked.plain():
+            change = _first_change(done["asked"], asked.plain())
+            raise ConfigError(f"{folder} was run with other settings ({change}); name another out")
         return dict(done["row"])
-    steps, flops = steps_within(budget, config, data)
-    if budget:
-        config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, steps=steps))
     start = time.perf_counter()
-    named = {} if isinstance(data, (str, Path)) else {"data": data}
-    config = replace_flat(config, {"out": str(folder), **({} if named else {"data": str(data)})})
+    config = asked.config
+    data = open_data(source, config.data_config)
+    steps, flops = _steps_within(asked.budget_flops, config, len(data.classes))
+    if asked.budget_flops:
+        warmup = config.schedule.warmup_steps or (max(round(asked.warmup * steps), 1) if asked.warmup else 0)
+        config = replace_flat(config, {"steps": steps, "warmup_steps": warmup})
+    named = {} if isinstance(source, (str, Path)) else {"data": source}
+    config = replace_flat(config, {"out": str(folder), **({} if named else {"data": str(source)})})
     run = train(config, resume=(folder / "config.yaml").exists(), **named)
-    if metric not in run.metrics:
-        raise unknown("metric", metric, run.metrics)
+    if asked.metric not in run.metrics:
+        raise unknown("metric", asked.metric, run.metrics)
+    seconds = time.perf_counter() - start
     row = {
-        **dataclasses.asdict(cell), "steps": run.config.schedule.steps, "flops": flops * run.config.schedule.steps,
-        "seconds": round(time.perf_counter() - start, 1), **run.metrics,
+        **dataclasses.asdict(cell), "folder": cell.folder, "pictures": len(data.train or ()),
+        "parameters": count_parameters(run.model), "steps": run.config.schedule.steps,
+        "flops": flops * run.config.schedule.steps, "seconds": round(seconds, 1), **run.metrics,
     }  # fmt: skip
-    for name, source in tests.items():
-        row[f"{metric}@{name}"] = evaluate(run.model, source, progress=False).metrics[metric]
-    write_text(folder / RESULT, json.dumps({"asked": asked, "row": row}, indent=1) + "\n")
+    for name, other in asked.tests.items():
+        row[f"{asked.metric}@{name}"] = evaluate(run.model, other, progress=False).metrics[asked.metric]
+    write_text(folder / RESULT, json.dumps({"asked": asked.plain(), "row": row}, indent=1) + "\n")
+    clock.seconds.append(seconds)
     return row
 
 
@@ -175,7 +230,8 @@ def _first_change(before: Any, now: Any, where: str = "") -> str:
     return f"{where}: {before} there, {now} asked for"
 
 
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A CSV file of rows; a column that only some rows have is empty in the others."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
