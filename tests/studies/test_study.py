@@ -70,7 +70,7 @@ def test_a_killed_study_goes_on_and_writes_its_page(trainer: Callable[[Score], F
     assert "the class token is 1.0 points worse than the mean" in page
     assert "vitrail study pooling digits" in page
     assert "<script" not in page
-    rows = list(csv.DictReader((out / "runs.csv").open()))
+    rows = list(csv.DictReader((out / "runs.csv").read_text().splitlines()))
     assert len(rows) == 18
     assert {row["pictures"] for row in rows} == {"4000"}  # a data set with a test split is trained on as a whole
     assert json.loads((out / "findings.json").read_text())["numbers"]["best_lr"]["mean"] == 3e-4
