@@ -19,7 +19,7 @@ demo: .venv/.core  ## train a Vision Transformer on handwritten digits (about 3 
 test: .venv/.dev  ## run the test suite
 	$(PYTEST)
 
-test-peers: .venv/.peers  ## compare with timm, torchvision and transformers
+test-peers: .venv/.peers  ## compare with timm, torchvision, transformers and pytorchvideo
 	$(PYTEST) -m peers
 
 check: .venv/.dev  ## lint, formatting, types, import directions and documentation

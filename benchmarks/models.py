@@ -1,4 +1,4 @@
-"""Models side by side with timm, torchvision and transformers: `python -m benchmarks.models [--only vit_tiny] [--list]`.
+"""Models side by side with timm, torchvision, transformers and pytorchvideo: `python -m benchmarks.models [--only vit_tiny] [--list]`.
 
 A cell is (model, task, precision, mode). Both sides carry the same weights, read through our own checkpoint tables, and use
 the same threads, batch, memory format, autocast, loss, optimiser class and flags. Before timing, logits (and gradients, when
@@ -34,8 +34,11 @@ from vitrail.models import Model, create_model
 BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8,
          "deit_small_distilled_patch16_224": 8, "resnetv2_50x1_bit": 8, "vit_base_r50_s16_224": 4,
          "cvt_13": 8, "swin_tiny_patch4_window7_224": 8, "mvitv2_tiny": 8, "mvit_base_16x4": 1,
-         "mvitv2_small_16x4": 1, "vivit_base_16x2": 1, "timesformer_base_divided_8x224": 1}  # fmt: skip
-SETTINGS: dict[str, dict[str, Any]] = {"cvt_13": {"activation": "gelu"}}  # where the peer computes other than the authors
+         "mvitv2_small_16x4": 1, "vivit_base_16x2": 1, "timesformer_base_divided_8x224": 1,
+         "x3d_s": 2, "slowfast_r50_8x8": 1}  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {  # where the peer computes other than the authors
+    "cvt_13": {"activation": "gelu"}, "x3d_s": {"plain_shortcut": True}, "slowfast_r50_8x8": {"slow_frames": "linspace"},
+}  # fmt: skip
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
 
@@ -56,7 +59,7 @@ def ours(name: str) -> Side:
     for parameter in model.head.parameters():
         nn.init.normal_(parameter, std=0.02)
     for name, module in model.named_modules():  # small last gains, as in trained networks: else rounding errors explode
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, (nn.BatchNorm2d, nn.BatchNorm3d)):
             nn.init.uniform_(module.weight, 0.1, 0.3) if "conv3" in name else nn.init.uniform_(module.weight, 0.5, 1.0)
     return Side("vitrail", model, model)
 
@@ -73,6 +76,10 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
         return {"timm": lambda: _timm(name, model, drop_path_rate=0.0), "torchvision": lambda: _torchvision_swin(model)}
     if model.family == "mvit":
         return {"torchvision": lambda: _torchvision_mvit(model)} if model.takes_clips else {"timm": lambda: _timm(name, model)}
+    if model.family == "x3d":
+        return {"pytorchvideo": lambda: _pytorchvideo_x3d(model)}
+    if model.family == "slowfast":
+        return {"pytorchvideo": lambda: _pytorchvideo_slowfast(model)}
     if model.family in ("vivit", "timesformer"):
         return {"transformers": lambda: _transformers_clips(model)}
     if model.family == "bit":
@@ -88,6 +95,8 @@ def peers(name: str, model: Model) -> dict[str, Callable[[], Side]]:
 
 def naming(model: Model) -> str:
     """The project in whose naming gradients are compared: timm, or where it lacks the model the peer that has it."""
+    if model.family in ("x3d", "slowfast"):
+        return "pytorchvideo"
     return "transformers" if model.family in ("cvt", "vivit", "timesformer") else "torchvision" if model.takes_clips else "timm"
 
 
@@ -141,6 +150,28 @@ def _torchvision_mvit(model: Model) -> Side:
     peer = build(dropout=0.0, stochastic_depth_prob=0.0)
     peer.load_state_dict(translate(model, "torchvision", model.state_dict()))
     return Side("torchvision", peer, peer)
+
+
+def _pytorchvideo_x3d(model: Model) -> Side:
+    from pytorchvideo.models.x3d import create_x3d
+
+    c = model.config
+    peer = create_x3d(
+        input_clip_length=c.frames, input_crop_size=c.image_size[0], depth_factor=2.2, model_num_class=c.num_classes,
+        dropout_rate=0.0, head_activation=None,
+    )  # fmt: skip
+    peer.load_state_dict(translate(model, "pytorchvideo", model.state_dict()))
+    return Side("pytorchvideo", peer, peer)
+
+
+def _pytorchvideo_slowfast(model: Model) -> Side:
+    from pytorchvideo.models.slowfast import create_slowfast
+
+    c = model.config
+    peer = create_slowfast(model_num_class=c.num_classes, dropout_rate=0.0)
+    peer.load_state_dict(translate(model, "pytorchvideo", model.state_dict()))
+    slow = torch.linspace(0, c.frames - 1, c.frames // c.alpha).long()  # as its transform picks the slow pathway's frames
+    return Side("pytorchvideo", peer, lambda x: peer([x[:, :, slow.to(x.device)], x]))
 
 
 def _transformers_vit(model: Model) -> Side:

@@ -29,7 +29,7 @@ from tests.peers import pairs
 
 torch.set_num_threads(1)
 
-PEERS = ("timm", "transformers")
+PEERS = ("timm", "transformers", "pytorchvideo")
 COLOURS = {"blue": (40, 60, 200), "green": (60, 170, 70), "red": (210, 50, 40)}
 
 
