@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tests import golden
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vitrail.checkpoints import load_model, save_model
 from vitrail.config import ConfigError, DistillationConfig, ModelCard, Preprocess
@@ -20,6 +22,7 @@ from vitrail.evaluation import evaluate
 from vitrail.models import create_model
 from vitrail.training import teacher as teachers
 from vitrail.training.distillation import Distill, Taught
+from vitrail.training.distributed import Ranks
 from vitrail.training.loop import Run, train
 from vitrail.training.objectives import Classify
 from vitrail.training.state import saved_checkpoints
@@ -196,6 +199,24 @@ def test_a_distilled_model_without_a_teacher_learns_the_labels_with_both_heads(
     assert "without a teacher: both heads learn the labels" in capsys.readouterr().out
     assert run.metrics["top1"] > 0.6
     assert torch.equal(weights(run)["head.linear.bias"], weights(run)["head.distilled.bias"])
+
+
+@pytest.mark.parametrize("prediction", ["class", "distillation", "joint"])
+def test_replicas_of_a_distilled_model_without_a_teacher_get_every_gradient(
+    fit: Fit, prediction: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A replica in a group of one process waits for gradients as one of several does, and raises if some did not come."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(Ranks, "wrap", lambda self, model: DistributedDataParallel(model))
+        run = fit(model="deit_micro", overrides={"depth": 1, "prediction": prediction}, steps=3)
+    finally:
+        dist.destroy_process_group()
+    read = {"class": ["linear"], "distillation": ["distilled"], "joint": ["linear", "distilled"]}[prediction]
+    for head in ("linear", "distilled"):
+        assert bool(weights(run)[f"head.{head}.weight"].any()) == (head in read)
+    said = "both heads learn" if prediction == "joint" else f"the {prediction} head learns the labels, the other one stays"
+    assert said in capsys.readouterr().out
 
 
 def test_a_stopped_run_goes_on_to_the_same_bits(fit: Fit, tmp_path: Path, samples: Samples) -> None:

@@ -100,6 +100,11 @@ class TwoHeads(nn.Module):
         first, second = x.chunk(2, 1)
         return self.linear(first), self.distilled(second)
 
+    @property
+    def unread(self) -> nn.Module | None:
+        """The head that takes no part in the answer that `prediction` names, None where both do."""
+        return {"class": self.distilled, "distillation": self.linear}.get(self.prediction)
+
     def extra_repr(self) -> str:
         """Shown in the model's repr."""
         return f"prediction={self.prediction}"

@@ -7,7 +7,22 @@ from collections.abc import Callable
 from vitrail.config import RunConfig
 
 from .digits import digits
+from .small import bit, cvt, deit_hard, deit_soft, hybrid, resnet, swin, vit, vit_finetune
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {"digits": digits}
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    recipe.__name__: recipe for recipe in (digits, vit, hybrid, deit_hard, deit_soft, swin, cvt, resnet, bit, vit_finetune)
+}
 
-__all__ = ["RECIPES", "digits"]
+__all__ = [
+    "RECIPES",
+    "bit",
+    "cvt",
+    "deit_hard",
+    "deit_soft",
+    "digits",
+    "hybrid",
+    "resnet",
+    "swin",
+    "vit",
+    "vit_finetune",
+]

@@ -7,7 +7,6 @@ are (arXiv 2106.10270), tokens of a few pixels for small pictures, layer-wise de
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,11 +51,11 @@ class Facts:
 def choose(config: RunConfig, explicit: frozenset[str], data: Data, device: torch.device) -> tuple[RunConfig, tuple[str, ...]]:
     """The settings with everything that was not set explicitly chosen from the data, and one sentence per choice."""
     assert data.train is not None
-    if data.name in RECIPES:
-        recipe: Callable[[], RunConfig] = RECIPES[data.name]
+    recipe = RECIPES[data.name]() if data.name in RECIPES else None
+    if recipe is not None and recipe.data == data.name:
         choice = Choice()
-        chosen = {name: value for name, value in flat(recipe()).items() if name not in ("data", "out", "overrides", "seed")}
-        choice.overrides = dict(recipe().overrides)
+        chosen = {name: value for name, value in flat(recipe).items() if name not in ("data", "out", "overrides", "seed")}
+        choice.overrides = dict(recipe.overrides)
         choice.add(f"{data.name} is embedded and has a measured recipe: vitrail.recipes.{data.name}", **chosen)
     else:
         sizes = data.train.sizes()

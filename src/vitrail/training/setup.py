@@ -240,8 +240,8 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         teacher = build_teacher(config.distillation, data, preprocess, ranks.device, precision)
         if config.distillation.teacher_cache:
             store_answers(teacher, loader, config.augment, config.distillation.teacher_cache, mode, ranks)
-    elif isinstance(model, DeiT):
-        notes += (f"{model.name} without a teacher: both heads learn the labels, through the mean of their logits",)
+    elif objective is None and isinstance(model, DeiT):
+        notes += (_leave_to_the_labels(model),)
     state = TrainState(
         model=model,
         optimizer=build_optimizer(model, config.optim, ranks.device),
@@ -282,6 +282,19 @@ def _open(request: Request) -> Data:
     if data.train is None:
         raise ConfigError(f"{data.name} has no training samples (splits: {', '.join(data.splits()) or 'none'})")
     return data
+
+
+def _leave_to_the_labels(model: DeiT) -> str:
+    """What the heads of a distilled model learn without a teacher; one that no label reaches is taken out of training.
+
+    Replicas in several processes wait for the gradient of every trained parameter.
+    """
+    unread = model.head.unread
+    if unread is None:
+        return f"{model.name} without a teacher: both heads learn the labels, through the mean of their logits"
+    unread.requires_grad_(False)
+    kind = model.head.prediction
+    return f"{model.name} without a teacher: the {kind} head learns the labels, the other one stays as it is"
 
 
 def _objective(config: RunConfig, dataset: ImageDataset, teacher: Teacher | None) -> nn.Module:
