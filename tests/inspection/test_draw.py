@@ -28,7 +28,7 @@ def charts() -> dict[str, str]:
     return {
         "curves": draw.curves({"training": ([1.0, 2.0, 3.0], [3.0, float("nan"), 1.0]), "validation": ([3.0], [2.0])}, "Loss"),
         "calibration": draw.calibration(bins),
-        "distances": draw.distances([torch.rand(3), torch.rand(3)], 28.3),
+        "distances": draw.distances([torch.rand(3), torch.rand(3)], [28.3, 14.0]),
         "confusion": draw.confusion_chart(rng.integers(0, 9, (30, 30)), names),
     }
 

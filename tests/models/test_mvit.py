@@ -43,7 +43,8 @@ def test_every_map_lies_on_the_grids_that_are_told(name: str) -> None:
     model = lively(name)
     with record_attention(model) as maps:
         model(torch.randn(1, 3, 6, 18, 13))  # nothing divides
-    grids = model.attention_grids(frames=6, image_size=(18, 13))
+    sites = model.attention_route((6, 18, 13)).sites
+    grids = {name: (site.asking.grid, site.cells.grid) for name, site in sites.items()}
     assert set(grids) == set(attention_sites(model)) == set(maps)
     assert grids["blocks.0.attn.site"] == ((3, 9, 7), (3, 3, 2))
     for site, (queries, keys) in grids.items():

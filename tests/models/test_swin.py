@@ -67,7 +67,7 @@ def test_attention_maps_lead_back_to_pixels() -> None:
     """A huge key at one patch draws the attention of its whole window and of nobody else."""
     size = (22, 18)  # maps of 11x9 tokens: padded windows
     model = random_swin(image_size=size)
-    grid = model.stage_grids(size)[0]
+    grid = model.attention_route(size).first.grid[1:]
     planted = 4 * grid[1] + 5
     with torch.no_grad():
         for block in model.stages[0].blocks:
@@ -88,7 +88,7 @@ def test_attention_maps_lead_back_to_pixels() -> None:
     with torch.no_grad(), record_attention(model, sites=r"stages\.0\.") as maps:
         model.features(picture)
     for site, weights in maps.items():
-        rows = model.window_tokens(site, size)
+        rows = model.attention_route(size).sites[site].queries
         received = torch.zeros(grid[0] * grid[1] + 1)
         shares = weights.mean(1).amax(1)  # the most that any query of the window gives each key
         received.scatter_reduce_(0, torch.where(rows < 0, grid[0] * grid[1], rows).flatten(), shares.flatten(), "amax")
@@ -151,9 +151,10 @@ def test_other_sizes_follow_the_fit() -> None:
     small, large = torch.randn(1, 3, 16, 16), torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(built(small), called(small))
     assert not torch.allclose(built(large), called(large))
-    rows = built.window_tokens("stages.1.blocks.1.attn.site", (32, 32))
+    site = "stages.1.blocks.1.attn.site"
+    rows = built.attention_route((32, 32)).sites[site].queries
     assert torch.equal(rows, window_rows((8, 8), (4, 4)))
-    rows = called.window_tokens("stages.1.blocks.1.attn.site", (32, 32))
+    rows = called.attention_route((32, 32)).sites[site].queries
     assert torch.equal(rows, window_rows((8, 8), (4, 4), (2, 2)))
 
 
@@ -272,8 +273,6 @@ def test_numbering_and_decay() -> None:
 def test_wrong_settings_name_the_right_ones(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_model(V1, **change)
-    with pytest.raises(ValueError, match="no attention site"):
-        create_model(V1).window_tokens("blocks.0", (16, 16))
 
 
 def test_rows_of_the_registry() -> None:

@@ -98,17 +98,18 @@ def calibration(bins: Sequence[CalibrationBin]) -> Markup:
         return svg(figure, "calibration diagram")
 
 
-def distances(layers: Sequence[Float[Tensor, " k"]], even: float) -> Markup:
-    """Mean attention distance in pixels of every head, layer by layer; `even` is that of attention to all patches alike."""
+def distances(layers: Sequence[Float[Tensor, " k"]], even: Sequence[float]) -> Markup:
+    """Mean attention distance in pixels of every head, layer by layer; `even`: if all patches in reach got the same."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
         axes = figure.subplots()
         depth = np.arange(1, len(layers) + 1)
         for layer, heads in zip(depth, layers, strict=True):
             axes.scatter([layer] * len(heads), heads.tolist(), s=18, color=ACCENT, alpha=0.75, linewidth=0)
-        axes.axhline(even, linestyle="--", color=MUTED, linewidth=1)
+        edges = np.repeat(np.arange(len(layers) + 1) + 0.5, 2)[1:-1]
+        axes.plot(edges, np.repeat(even, 2), linestyle="--", color=MUTED, linewidth=1)
         axes.plot(depth, [float(heads.mean()) for heads in layers], color=ACCENT, linewidth=1)
-        highest = max(even, *(float(heads.max()) for heads in layers))
+        highest = max(*even, *(float(heads.max()) for heads in layers))
         axes.set(xlabel="layer", ylim=(0, 1.08 * highest), xlim=(0.5, len(layers) + 0.5))
         axes.set_title("Mean distance in pixels")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))

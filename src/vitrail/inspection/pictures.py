@@ -17,7 +17,7 @@ from vitrail.data.loader import load_for_eval
 from vitrail.data.transforms import Normalise
 from vitrail.evaluation.metrics import LABEL_THRESHOLD, Outputs
 from vitrail.inspection import draw
-from vitrail.inspection.attention import AttentionView, NoSingleMapError, attention_distance, look
+from vitrail.inspection.attention import AttentionView, NoPathError, look
 from vitrail.inspection.sections import Context, percent
 from vitrail.models import Model
 
@@ -139,7 +139,7 @@ def attention(model: Model, gallery: Gallery) -> Context:
     measured = np.unique(np.linspace(0, len(gallery.outputs.logits) - 1, MEASURED).astype(int)).tolist()
     try:
         views = {row: _look(model, gallery, row) for row in dict.fromkeys([*rows, *measured])}
-    except NoSingleMapError as reason:
+    except NoPathError as reason:
         return {"about": "Where a transformer looks when it answers.", "none": f"No maps are shown: {reason}.", "cards": []}
     shown = [(row, view) for row in rows if (view := views[row]) is not None]
     if not shown:
@@ -161,17 +161,14 @@ def attention(model: Model, gallery: Gallery) -> Context:
         for name in first.distances
     }
     height, width = gallery.preprocess.image_size
-    _, rows_of, columns = first.last.shape[1:]
-    everything = torch.ones(1, 1, rows_of * columns, rows_of * columns)
-    even = attention_distance(everything, (1, rows_of, columns), (height // rows_of, width // columns), 0)
     return {
         "about": about,
         "cards": [_card(gallery, row, view) for row, view in shown],
         "hard": gallery.hard,
-        "distances": draw.distances(list(far.values()), float(even.mean())),
+        "distances": draw.distances(list(far.values()), [first.even_distances[name] for name in far]),
         "distance_about": "Mean distance between a patch and what it attends to, weighted by attention: a dot is a head, the "
-        f"line the mean of a layer, the dashed line attention to all patches alike; n = {len(measured)} pictures spread evenly "
-        f"over the set, {height} x {width} pixels.",
+        "line the mean of a layer, the dashed line what attention to all patches in reach alike would give; "
+        f"n = {len(measured)} pictures spread evenly over the set, {height} x {width} pixels.",
     }
 
 
@@ -204,7 +201,7 @@ def _chosen(gallery: Gallery) -> tuple[list[int], str]:
 
 def _card(gallery: Gallery, row: int, view: AttentionView) -> Context:
     picture = gallery.picture(row)
-    last, rolled = (draw.overlay(picture, maps[0].mean(0)) for maps in (view.last, view.rollout))
+    last, rolled = (draw.overlay(picture, placed.over(*picture.shape[1:])[0].mean(0)) for placed in (view.last, view.rollout))
     parts: list[Any] = [("picture", picture), ("last layer", last), ("rollout", rolled)]
     probabilities = gallery.probabilities[row]
     if gallery.dataset.multi_label:

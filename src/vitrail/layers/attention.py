@@ -102,11 +102,14 @@ def attention_sites(model: nn.Module) -> dict[str, AttentionSite]:
 
 
 @contextmanager
-def record_attention(model: nn.Module, sites: Sites = None, grad: bool = False) -> Iterator[dict[str, Tensor]]:
+def record_attention(
+    model: nn.Module, sites: Sites = None, grad: bool = False, reduce: Callable[[str, Tensor], Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Collect the attention probabilities of the next forward passes, {site name: (b, heads, queries, keys)}.
 
     `sites` is a list of names, a regular expression searched in the names, or None for all. With `grad` the maps stay in the
-    autograd graph. A later forward pass replaces the maps of an earlier one. A compiled model runs eagerly meanwhile.
+    autograd graph. `reduce` (name, map) is kept in place of a map where all maps together would not fit. A later forward pass
+    replaces the maps of an earlier one. A compiled model runs eagerly meanwhile.
     Raises ValueError when no site matches (a convolutional network has none).
     """
     known = attention_sites(model)
@@ -125,7 +128,8 @@ def record_attention(model: nn.Module, sites: Sites = None, grad: bool = False) 
 
     def receiver(name: str) -> Callable[[Tensor], None]:
         def receive(weights: Tensor) -> None:
-            maps[name] = weights if grad else weights.detach()
+            weights = weights if grad else weights.detach()
+            maps[name] = weights if reduce is None else reduce(name, weights)
 
         return receive
 

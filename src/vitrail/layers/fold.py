@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 Grid = tuple[int, int, int]
@@ -41,6 +42,11 @@ def fold(x: Float[Tensor, "b n c"], grid: Grid, scheme: str) -> Float[Tensor, "g
     groups = math.prod(groups_per_axis(grid, scheme))
     b, n, c = x.shape
     return x.reshape(b, *sizes, c).permute(0, *order, 7).reshape(b * groups, n // groups, c)
+
+
+def fold_rows(grid: Grid, scheme: str) -> Int64[Tensor, "g m"]:
+    """The numbers of the tokens of each group, as `fold` orders them."""
+    return fold(torch.arange(math.prod(grid), dtype=torch.float64)[None, :, None], grid, scheme)[..., 0].long()
 
 
 def unfold(x: Float[Tensor, "g m c"], grid: Grid, scheme: str) -> Float[Tensor, "b n c"]:

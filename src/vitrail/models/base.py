@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.embed import frames_problem, size_problem
 from vitrail.layers.features import Features
+from vitrail.layers.route import Route, tile
 
 
 class Model(nn.Module, ABC):
@@ -42,6 +43,13 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def pool(self, features: Features) -> Tensor:
         """The embedding (b, c) that the head, probes and nearest neighbours use."""
+
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """Where recorded attention lies, step by step, for inputs of (height, width) or (frames, height, width).
+
+        A model without attention has no steps.
+        """
+        return Route(tile((1, 1, 1), size))
 
     @property
     def input_shape(self) -> tuple[int, ...]:

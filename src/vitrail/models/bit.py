@@ -68,6 +68,12 @@ class TrunkConfig:
         """Channels of the last map."""
         return self.widths[-1] if self.widths else self.stem_width
 
+    def map_side(self, side: int) -> int:
+        """Cells along a side of so many pixels in the last map."""
+        side = -(-side // 2)
+        side = (side - 3) // 2 + 1 if self.stem_pool == "valid" else -(-side // 2)
+        return -(-side // (self.stride // 4))
+
     def conv(self, cin: int, cout: int, kernel: int, stride: int = 1) -> StdConv2d:
         """A convolution by the rules of this trunk."""
         return StdConv2d(cin, cout, kernel, stride, eps=self.std_eps, rule=self.std_rule, padding=self.padding)

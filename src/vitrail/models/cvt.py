@@ -14,6 +14,7 @@ from vitrail.layers.block import ACTIVATIONS, MLP, DropPath
 from vitrail.layers.conv import ConvNorm
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
+from vitrail.layers.route import Cells, Route, Site, Step, asked_by, coarser, pooled, same, tile
 
 from .base import Model, drop_path_rates
 
@@ -192,6 +193,30 @@ class CvT(Model):
     def pool(self, features: Features) -> Float[Tensor, "b c"]:
         """The class token, or without one the mean over the last stage."""
         return features.tokens[:, 0] if features.prefix else features.tokens.mean(1)
+
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """Keys and embeddings are taken to be the even mean of what their convolutions see."""
+        c, steps, first = self.config, [], None
+        cells = tile((1, size[0], size[1]), size)
+        for s, depth in enumerate(c.depths):
+            kernel, stride, padding = ((side[s], side[s]) for side in (c.kernels, c.strides, c.paddings))
+            prefix = int(self.class_token is not None and s == len(c.depths) - 1)
+            before, cells = cells, coarser(cells, kernel, stride, padding)._replace(prefix=prefix)
+            if first is None:
+                first = cells
+            else:
+                steps.append(Step(cells, (), pooled(before, cells, kernel, stride, padding)))
+            steps += [self._attended(f"stages.{s}.blocks.{i}.attn.site", cells) for i in range(depth)]
+        assert first is not None
+        return Route(first, tuple(steps), asked_by(cells, "cls" if cells.prefix else "mean"))
+
+    def _attended(self, name: str, cells: Cells) -> Step:
+        stride = self.config.kv_stride
+        window = ((3, 3), (stride, stride), (1, 1))
+        keys = coarser(cells, *window)
+        everyone, held = torch.arange(cells.tokens)[None], torch.arange(keys.tokens)[None]
+        site = Site(name, everyone, held, cells, keys, pooled(cells, keys, *window))
+        return Step(cells, (site,), same(cells.tokens))
 
     def check_input(self, x: Tensor) -> None:
         """As for every model; a picture must also be as large as the part of the first kernel that lies inside it."""

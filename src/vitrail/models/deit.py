@@ -10,11 +10,13 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.layers.features import Features
 from vitrail.layers.position import PositionConfig
+from vitrail.layers.route import Route
 
 from .base import Model
 from .vit import ViT, ViTConfig
@@ -130,6 +132,14 @@ class DeiT(Model):
     def pool(self, features: Features) -> Float[Tensor, "b c2"]:
         """The class and the distillation embedding side by side, (b, 2 * width)."""
         return features.tokens[:, :2].flatten(1)
+
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """That of the ViT; the classifiers read two tokens, the main one first."""
+        route = self.backbone.attention_route(size).below("backbone")
+        readout = route.readout | {"the distillation token": torch.eye(2, route.first.tokens)[1]}
+        if self.head.prediction == "distillation":
+            readout = dict(reversed(readout.items()))
+        return route._replace(readout=readout)
 
     def both(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]]:
         """Logits (b, classes) of the class head and of the distillation head."""

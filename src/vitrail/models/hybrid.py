@@ -13,6 +13,7 @@ from torch import Tensor
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
 from vitrail.layers.position import PositionConfig
+from vitrail.layers.route import Route, tile
 
 from .base import Model
 from .bit import Stem, TrunkConfig, build_stages, init_trunk
@@ -89,6 +90,11 @@ class Hybrid(Model):
             for block in stage:  # type: ignore[attr-defined]
                 x = self.run_block(block, x)
         return self.backbone.features(x)
+
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """That of the ViT; a token is taken to lie over its even share of the picture, whatever more its convolutions see."""
+        rows, columns = (self.config.trunk.map_side(side) // p for side, p in zip(size, self.config.patch, strict=True))
+        return self.backbone.route_over(tile((1, rows, columns), size, self.backbone.config.prefix)).below("backbone")
 
     def pool(self, features: Features) -> Float[Tensor, "b c"]:
         """The class token, the mean of the patch tokens, or the attention pool's answer."""

@@ -22,6 +22,7 @@ from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
 from vitrail.layers.pool import Pool, Steps, shrink, slide, to_maps, to_tokens
 from vitrail.layers.position import ClipPosition, Grid, RelativePosition
+from vitrail.layers.route import Route, Site, Step, asked_by, coarser, pooled, same, tile
 
 from .base import Model, drop_path_rates
 
@@ -143,6 +144,10 @@ def block_shapes(config: MViTConfig, grid: Grid | None = None) -> list[BlockShap
     return shapes
 
 
+def _half(kernel: Steps) -> Steps:
+    return tuple(k // 2 for k in kernel)
+
+
 def _kernel(config: MViTConfig, stride: Steps) -> Steps | None:
     """The kernel that belongs to a stride; None where nothing would be pooled."""
     kernel = tuple(s + 1 if s > 1 else 1 for s in stride) if config.pool_kernel is None else config.pool_kernel
@@ -227,7 +232,7 @@ class Block(nn.Module):
             return x
         kernel = tuple(s + 1 if s > 1 else 1 for s in self.stride)
         maps = to_maps(x[:, self.prefix :], grid, len(kernel))
-        pooled = to_tokens(slide("max", maps, kernel, self.stride, tuple(k // 2 for k in kernel)))
+        pooled = to_tokens(slide("max", maps, kernel, self.stride, _half(kernel)))
         return torch.cat([x[:, : self.prefix], pooled], 1) if self.prefix else pooled
 
 
@@ -241,7 +246,7 @@ class MViT(Model):
         super().__init__()
         self.config = c = config
         convolution = nn.Conv2d if c.frames is None else nn.Conv3d
-        padding = tuple(k // 2 for k in c.patch_kernel)
+        padding = _half(c.patch_kernel)
         self.embed = convolution(c.in_channels, c.widths[0], c.patch_kernel, c.patch_stride, padding)  # type: ignore[arg-type]
         self.class_token = nn.Parameter(torch.zeros(1, 1, c.widths[0])) if c.class_token else None
         self.positions = ClipPosition(c.position, c.widths[0], c.grid(), c.prefix) if c.position != "none" else None
@@ -279,16 +284,26 @@ class MViT(Model):
         """The class token, or the mean of the patch tokens."""
         return self.drop(features.tokens[:, 0] if self.config.pool == "cls" else features.patches.mean(1))
 
-    def attention_grids(
-        self, frames: int | None = None, image_size: tuple[int, int] | None = None
-    ) -> dict[str, tuple[Grid, Grid]]:
-        """{site name: (grid of the queries, grid of the keys)}, by default for the built size.
-
-        A recorded map (b, heads, prefix + queries, prefix + keys) without its prefix, `.unflatten(-1, keys)`, lies over the
-        input: every key cell covers frames / T by height / H by width / W of it.
-        """
-        shapes = block_shapes(self.config, self.config.grid(frames, image_size))
-        return {f"blocks.{i}.attn.site": (s.queries, s.keys) for i, s in enumerate(shapes)}
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """Pooled cells are taken to be the even mean of their window, in keys, and in the shortcut where a scale begins."""
+        c, kernel = self.config, self.config.patch_kernel
+        pixels = tile((1, *size)[-3:], size)  # type: ignore[arg-type]
+        first = cells = coarser(pixels, kernel, c.patch_stride, _half(kernel))._replace(prefix=c.prefix)
+        steps = []
+        for i, shape in enumerate(block_shapes(c, cells.grid)):
+            before, keys, links, shortcut = cells, cells, None, same(cells.tokens)
+            if shape.key_kernel is not None:
+                window = (shape.key_kernel, shape.key_stride, _half(shape.key_kernel))
+                keys = coarser(before, *window)
+                links = pooled(before, keys, *window)
+            if shape.strided:
+                skip = tuple(s + 1 if s > 1 else 1 for s in shape.query_stride)
+                cells = coarser(before, skip, shape.query_stride, _half(skip))
+                shortcut = pooled(before, cells, skip, shape.query_stride, _half(skip))
+            asked, held = torch.arange(cells.tokens)[None], torch.arange(keys.tokens)[None]
+            site = Site(f"blocks.{i}.attn.site", asked, held, cells, keys, links)
+            steps.append(Step(cells, (site,), shortcut))
+        return Route(first, tuple(steps), asked_by(cells, c.pool))
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.layers.attention import AttentionSite, attend
+from vitrail.layers.attention import AttentionSite, attend, attention_sites
 from vitrail.layers.conv import ConvNorm, ReLU
 from vitrail.layers.embed import frames_problem
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead, window_means
+from vitrail.layers.route import Route, Site, Step, coarser, pooled, tile
 
 from .base import Model
 
@@ -175,6 +176,22 @@ class SlowFast(Model):
     def pool(self, features: Features) -> Float[Tensor, "b c"]:
         """The mean over the map: both pathways' global means, one behind the other."""
         return self.drop(features.tokens.mean(1))
+
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """Non-local blocks alone; convolutions lie between them, so nothing joins them to what the classifier reads."""
+        steps = []
+        for name in attention_sites(self):  # slow.stages.1.3.nonlocal_block.site
+            shrunk = 2 ** (2 + int(name.split(".")[2]))
+            grid = (size[0] // (self.config.alpha or 1), -(-size[1] // shrunk), -(-size[2] // shrunk))
+            cells = keys = tile(grid, size)
+            links = None
+            if min(grid[1:]) > 1:
+                window = ((2, 2), (2, 2), (0, 0))
+                keys = coarser(cells, *window)
+                links = pooled(cells, keys, *window)
+            asked, held = torch.arange(cells.tokens)[None], torch.arange(keys.tokens)[None]
+            steps.append(Step(cells, (Site(name, asked, held, cells, keys, links),), None))
+        return Route(tile((1, 1, 1), size), tuple(steps))
 
     def split(self, x: Float[Tensor, "b c t h w"]) -> tuple[Float[Tensor, "b c s h w"], Float[Tensor, "b c t h w"] | None]:
         """The inputs of the slow and of the fast pathway."""

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.layers.attention import attention_sites
 from vitrail.layers.bias import BIAS_RULES, resize_bias
 from vitrail.layers.block import MLP, DropPath
 from vitrail.layers.embed import PatchEmbed, size_problem
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
 from vitrail.layers.position import PositionConfig, PositionTable, resize_grid
+from vitrail.layers.route import Route, Step, asked_by, coarser, pooled, tile, within
 from vitrail.layers.window import (
     Layout,
     LayoutBuffers,
@@ -288,25 +288,19 @@ class Swin(Model):
         """The mean of all tokens."""
         return features.tokens.mean(1)
 
-    def window_tokens(self, site: str, image_size: Size) -> Int64[Tensor, "windows n"]:
-        """Where recorded attention lies: the token of the stage's map that every row of every window holds, -1 for padding.
-
-        The map recorded at `site` ("stages.1.blocks.0.attn.site") for b pictures of image_size is (b * windows, heads, n, n),
-        all windows of the first picture first: for picture i and window w it says how the tokens [w] share out attention
-        among themselves. Tokens are numbered in raster order on the map of `stage_grids(image_size)`. Raises ValueError for a
-        name that is no site.
-        """
-        known = attention_sites(self)
-        if site not in known:
-            raise ValueError(f"no attention site {site!r}; this model has: {', '.join(known)}")
-        stage, block = (int(part) for part in site.split(".")[1:4:2])
-        grid = self.stage_grids(image_size)[stage]
-        shift = self.config.shift(stage, grid) if block % 2 else (0, 0)
-        return window_rows(grid, self.config.windows[stage], shift, self.config.pad_first)
-
-    def stage_grids(self, image_size: Size) -> list[Size]:
-        """Tokens per column and row in every stage for pictures of (height, width)."""
-        return grids((image_size[0] // self.config.patch[0], image_size[1] // self.config.patch[1]), len(self.stages))
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """Attention within the windows of every block; from stage to stage the mean of four neighbours."""
+        c, steps = self.config, []
+        first = cells = tile((1, size[0] // c.patch[0], size[1] // c.patch[1]), size)
+        for s, depth in enumerate(c.depths):
+            if s:
+                before, cells = cells, coarser(cells, (2, 2), (2, 2), (0, 0), whole_last=True)
+                steps.append(Step(cells, (), pooled(before, cells, (2, 2), (2, 2), (0, 0))))
+            grid = cells.grid[1:]
+            for i in range(depth):
+                rows = window_rows(grid, c.windows[s], c.shift(s, grid) if i % 2 else (0, 0), c.pad_first)
+                steps.append(within(f"stages.{s}.blocks.{i}.attn.site", rows, cells))
+        return Route(first, tuple(steps), asked_by(cells))
 
     @property
     def input_multiple(self) -> tuple[int, int]:

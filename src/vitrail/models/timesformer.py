@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from vitrail.layers.block import MLP, Attention, BlockConfig, DropPath, heads_problem, init_encoder
 from vitrail.layers.embed import PatchEmbed, frames_problem, size_problem
 from vitrail.layers.features import Features
-from vitrail.layers.fold import Grid, fold, unfold
+from vitrail.layers.fold import Grid, fold, fold_rows, unfold
 from vitrail.layers.head import ClassifierHead
 from vitrail.layers.position import VIDEO_KINDS, VideoPosition
+from vitrail.layers.route import Route, asked_by, tile, whole, within
 
 from .base import Model, drop_path_rates
 
@@ -200,6 +201,27 @@ class TimeSformer(Model):
             token = tokens[:, 0].view(b, t, c).mean(1, keepdim=True)
             tokens = torch.cat([token, tokens[:, 1:].reshape(b, t * h * w, c)], 1)
         return Features(self.norm(tokens), grid, 1)
+
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """Along one axis after the other, or all to all; `space` has one class token a frame up to the end."""
+        grid = (size[0], size[1] // self.config.patch[0], size[2] // self.config.patch[1])
+        cells, steps = tile(grid, size, grid[0] if self.framewise else 1), []
+        for i in range(len(self.blocks)):
+            for axis in SCHEMES[self.config.attention][:-1]:
+                steps.append(within(f"blocks.{i}.steps.{axis}.attn.site", fold_rows(grid, axis) + 1, cells))
+            axis = SCHEMES[self.config.attention][-1]
+            name = f"blocks.{i}.attn.{axis}.site"
+            if axis == "joint":
+                steps.append(whole(name, cells))
+                continue
+            patches = fold_rows(grid, axis) + cells.prefix
+            token = torch.arange(grid[0]) if self.framewise else torch.zeros(len(patches), dtype=torch.long)
+            steps.append(within(name, torch.cat([token[:, None], patches], 1), cells))
+        if not self.framewise:
+            return Route(cells, tuple(steps), asked_by(cells, "cls"))
+        tokens = torch.zeros(cells.tokens)
+        tokens[: cells.prefix] = 1 / cells.prefix
+        return Route(cells, tuple(steps), {"the class tokens of all frames": tokens})
 
     def pool(self, features: Features) -> Float[Tensor, "b c"]:
         """The class token."""

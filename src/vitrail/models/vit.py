@@ -16,6 +16,7 @@ from vitrail.layers.embed import PatchEmbed, size_problem
 from vitrail.layers.features import Features
 from vitrail.layers.head import AttentionPool, ClassifierHead
 from vitrail.layers.position import PositionConfig, PositionTable, RelativePosition
+from vitrail.layers.route import Cells, Route, Site, Step, asked_by, tile, whole
 
 from .base import Model, drop_path_rates
 
@@ -153,6 +154,20 @@ class ViT(Model):
         else:
             x = features.tokens[:, 0]
         return self.norm(x) if self.config.norm_after_pool else x
+
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """Every block attends globally, an attention pool asks the last tokens."""
+        grid = (1, size[0] // self.config.patch[0], size[1] // self.config.patch[1])
+        return self.route_over(tile(grid, size, self.config.prefix))
+
+    def route_over(self, cells: Cells) -> Route:
+        """The route where the patches are `cells`."""
+        steps = [whole(f"blocks.{i}.attn.site", cells) for i in range(len(self.blocks))]
+        if self.attention_pool is None:
+            return Route(cells, tuple(steps), asked_by(cells, self.config.pool))
+        probe = cells._replace(grid=(0, 0, 0), prefix=1)
+        site = Site("attention_pool.site", torch.zeros(1, 1).long(), torch.arange(cells.tokens)[None], probe, cells)
+        return Route(cells, (*steps, Step(probe, (site,), None)), {"the pooling query": torch.ones(1)})
 
     def _check_input(self, x: Tensor, mask: Tensor | None) -> None:
         self.check_input(x)

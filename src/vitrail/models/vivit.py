@@ -14,9 +14,10 @@ from vitrail.layers.attention import AttentionSite, attend
 from vitrail.layers.block import MLP, Attention, Block, BlockConfig, DropPath, heads_problem, init_encoder
 from vitrail.layers.embed import TubeletEmbed, frames_problem, size_problem
 from vitrail.layers.features import Features
-from vitrail.layers.fold import Grid, fold, unfold
+from vitrail.layers.fold import Grid, fold, fold_rows, unfold
 from vitrail.layers.head import ClassifierHead
 from vitrail.layers.position import VIDEO_KINDS, VideoPosition
+from vitrail.layers.route import Cells, Links, Route, Site, Step, asked_by, same, tile, whole, within
 
 from .base import Model, drop_path_rates
 
@@ -230,6 +231,41 @@ class ViViT(Model):
         for block in self.temporal_blocks:
             x = self.run_block(block, x)
         return [within, Features(self.temporal_norm(x), (t, 1, 1), p)]
+
+    def attention_route(self, size: tuple[int, ...]) -> Route:
+        """All to all (joint), frame by frame and then among frames (factorised encoder), or along one axis after the other."""
+        c = self.config
+        grid = (size[0] // c.tubelet[0], size[1] // c.tubelet[1], size[2] // c.tubelet[2])
+        if c.model == "factorised_encoder":
+            return self._route_of_frames(tile(grid, size, grid[0] * c.prefix), size)
+        cells, steps = tile(grid, size, c.prefix), []
+        for i in range(len(self.blocks)):
+            if c.model == "joint":
+                steps.append(whole(f"blocks.{i}.attn.site", cells))
+            elif c.model == "factorised_self_attention":
+                steps += [within(f"blocks.{i}.attn.{a}.site", fold_rows(grid, a), cells) for a in c.order.split("_")]
+            else:
+                rows = {axis: fold_rows(grid, axis) for axis in ("time", "space")}
+                sites = (Site(f"blocks.{i}.attn.{axis}", r, r, cells, cells) for axis, r in rows.items())
+                steps.append(Step(cells, tuple(sites), same(cells.tokens)))
+        return Route(cells, tuple(steps), asked_by(cells, c.pool))
+
+    def _route_of_frames(self, cells: Cells, size: tuple[int, ...]) -> Route:
+        """`cells` have one class token a frame, if any; the temporal encoder's tokens are the frames."""
+        t = cells.grid[0]
+        patches = fold_rows(cells.grid, "space") + cells.prefix
+        frame = torch.arange(t)
+        groups = torch.cat([frame[:, None], patches], 1) if cells.prefix else patches
+        steps = [within(f"blocks.{i}.attn.site", groups, cells) for i in range(len(self.blocks))]
+        prefix = self.config.prefix if self.config.temporal_depth else 0
+        frames = tile((t, 1, 1), size, prefix)
+        read = frame[:, None] if cells.prefix else patches
+        later = frame.repeat_interleave(read.shape[1]) + prefix
+        links = Links(later, read.flatten(), torch.full((read.numel(),), 1 / read.shape[1]), (frames.tokens, cells.tokens))
+        steps.append(Step(frames, (), links))
+        steps += [whole(f"temporal_blocks.{i}.attn.site", frames) for i in range(self.config.temporal_depth)]
+        readout = asked_by(frames, "cls") if prefix else {"the mean over all frames": torch.full((t,), 1 / t)}
+        return Route(cells, tuple(steps), readout)
 
     def _begin(
         self, tokens: Float[Tensor, "b n c"], grid: Grid, token: Tensor | None, position: VideoPosition | None
