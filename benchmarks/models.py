@@ -1,4 +1,4 @@
-"""Models side by side with timm, torchvision, transformers and pytorchvideo: `python -m benchmarks.models [--only vit_tiny] [--list]`.
+"""Models side by side with peers (timm, torchvision, ...): `python -m benchmarks.models [--only vit_tiny] [--list]`.
 
 A cell is (model, task, precision, mode). Both sides carry the same weights, read through our own checkpoint tables, and use
 the same threads, batch, memory format, autocast, loss, optimiser class and flags. Before timing, logits (and gradients, when
