@@ -27,6 +27,7 @@ from vitrail.data import open_data
 from vitrail.evaluation.classify import evaluate
 from vitrail.models import MODELS, build
 from vitrail.training.loop import train
+from vitrail.training.teacher import find
 
 RESULT, TABLE = "cell.json", "cells.csv"
 TRAINING = 3  # a training step costs about three forward passes: one forward, two backward
@@ -102,10 +103,10 @@ def run_grid(
     data: paths and names of embedded sets, or {name: anything that a run takes}. variants: {name: settings by their own name},
     such as {"plain": {}, "mixup": {"mixup": 0.8}}. models: names, or in the same way {name: settings}, "model" among them;
     their `overrides` are added to those of a variant, which win. `settings` change `base` for all cells. budget_flops: training
-    FLOPs of every cell (3 forward passes a step), so that models are compared at equal cost; steps follow from it, and `warmup`
-    is a fraction of them. subsets: `subset_seed` is the seed too. tests: {name: data}
-    on which every finished model is evaluated too, in columns "metric@name". Called again with the same settings it goes on
-    where it was stopped. Raises ConfigError for unknown models and for cells that were run with other settings.
+    FLOPs of every cell (3 forward passes a step, and one of a teacher), so that models are compared at equal cost; steps follow
+    from it, and `warmup` is a fraction of them. subsets: `subset_seed` is the seed too. tests: {name: data} on which every
+    finished model is evaluated too, in columns "metric@name". Called again with the same settings it goes on where it was
+    stopped. Raises ConfigError for unknown models and for cells that were run with other settings.
     """
     sources = dict(data) if isinstance(data, Mapping) else {str(name): name for name in data}
     variants = variants or {"": {}}
@@ -181,10 +182,18 @@ def _steps_within(budget_flops: float, config: RunConfig, classes: int) -> tuple
         changes["frames"] = config.input.frames
     with torch.device("meta"):
         model = build(replace_dotted(MODELS[config.model.partition(".")[0]], changes))
-    step = TRAINING * count_flops(model) * config.batch_size
+    step = (TRAINING * count_flops(model) + _teacher_flops(config)) * config.batch_size
     if budget_flops and budget_flops < step:
         raise ConfigError(f"a budget of {budget_flops:.1e} FLOPs pays for no step of {config.model}; one costs {step:.1e}")
     return int(budget_flops // step), float(step)
+
+
+def _teacher_flops(config: RunConfig) -> int:
+    """FLOPs of a teacher's answer to one picture; 0 without one, or where its answers are stored."""
+    if not config.distillation.teacher or config.distillation.teacher_cache:
+        return 0
+    found = find(config.distillation.teacher)
+    return count_flops(found.model, (found.preprocess.channels, *found.preprocess.image_size))  # type: ignore[arg-type]
 
 
 def _run_cell(folder: Path, cell: Cell, asked: Asked, source: Any, clock: _Clock) -> dict[str, Any]:
