@@ -27,6 +27,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
     "Learn": {
         "train": Verb("train", "train a model on a folder, a table, shards or an embedded set; or resume a run"),
         "eval": Verb("evaluate", "measure a trained model on a data set, with confidence intervals"),
+        "probe": Verb("probe", "judge models by their frozen features, few-shot and linear; says which to fine-tune"),
         "report": Verb("report", "write report.html of a run again: curves, errors as pictures, attention"),
         "study": Verb("study", "run an experiment over many models, sizes and seeds, with a page at the end"),
     },

@@ -59,12 +59,13 @@ class Store:
     """Random access to raw pictures by row; rows never change. A store can be pickled, and read by processes and threads.
 
     random: reading may draw from the global random generators, which a loader then seeds for every sample. video: what it
-    reads is `Footage`. played_faster: the speed of which is not always 1.
+    reads is `Footage`. played_faster: the speed of which is not always 1. by_content: keys depend on the content.
     """
 
     random = False
     video = False
     played_faster = False
+    by_content = True
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -79,6 +80,10 @@ class Store:
             return content_key(self.read(row))
         except (OSError, ValueError):
             return content_key(b"")
+
+    def part(self, row: int) -> tuple[float, ...]:
+        """What a sample depends on besides the content that `key` covers: which part of a video, how fast."""
+        return ()
 
 
 class PathStore(Store):
@@ -113,6 +118,8 @@ class TensorStore(Store):
 class ObjectStore(Store):
     """Any map-style collection of (picture, label) from Python. What a data set's own code yields may change from call to
     call (random transforms), so a row's key is its number, not its content."""
+
+    by_content = False
 
     def __init__(self, items: Any) -> None:
         self.items = items
@@ -187,6 +194,10 @@ class FootageStore(Store):
         """That of the whole file: parts of one video never fall on both sides of a split."""
         return self.files.key(row)
 
+    def part(self, row: int) -> tuple[float, ...]:
+        """Start and end in seconds, and speed."""
+        return float(self.starts[row]), float(self.ends[row]), float(self.speeds[row])
+
 
 class FrameFolderStore(Store):
     """Folders of pictures that are the frames of a clip, in the order of the numbers in their names."""
@@ -217,6 +228,10 @@ class FrameFolderStore(Store):
         some = [content_key(str(paths[at])) for at in (0, len(paths) // 2, -1)]
         return digest(len(paths), b"".join(some))
 
+    def part(self, row: int) -> tuple[float, ...]:
+        """The rate, which decides what is sampled by seconds."""
+        return (self.rate,)
+
 
 def _by_number(name: str) -> tuple[list[int], str]:
     """frame2 comes before frame10."""
@@ -233,6 +248,7 @@ class ConcatStore(Store):
         if not all(store.video == self.video for store in stores):
             raise ValueError("some parts of this source are pictures, others videos")
         self.random = any(store.random for store in stores)
+        self.by_content = all(store.by_content for store in stores)
         self.starts = np.cumsum([0] + [len(store) for store in stores]).tolist()
 
     def __len__(self) -> int:
@@ -251,6 +267,11 @@ class ConcatStore(Store):
         """The key in the store that holds the row."""
         store, inner = self._find(row)
         return store.key(inner)
+
+    def part(self, row: int) -> tuple[float, ...]:
+        """The part in the store that holds the row."""
+        store, inner = self._find(row)
+        return store.part(inner)
 
 
 def as_picture(value: Any) -> Picture:

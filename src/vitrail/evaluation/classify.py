@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from vitrail.checkpoints import load_model
 from vitrail.config import ConfigError, DataConfig, Preprocess, unknown
 from vitrail.cost import autocast, memory_format, pick_device, pick_precision
-from vitrail.data import Data, ImageDataset, eval_batches, open_data
+from vitrail.data import Batch, Data, ImageDataset, eval_batches, open_data
 from vitrail.data.clips import average_views, view_count, with_views
 from vitrail.data.images import DecodeMode
 from vitrail.data.transforms import Normalise
@@ -29,7 +31,6 @@ SPLITS = ("test", "val", "train")
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
-@torch.no_grad()
 def predict_dataset(
     model: Model,
     dataset: ImageDataset,
@@ -52,35 +53,65 @@ def predict_dataset(
     (`rank` of `world`). `progress` names the bar on stderr (plain lines where that is no terminal); None shows nothing.
     Raises DataError if no sample can be read.
     """
-    device, was_training = torch.device(device), model.training
-    layout, normalise = memory_format(model), Normalise(preprocess).to(device)
-    model.to(device).eval()
-    logits, targets, indices = [], [], []
-    views = view_count(preprocess)
-    batches = eval_batches(
-        dataset, preprocess=preprocess, batch_size=max(batch_size // views, 1), workers=workers, mode=decode, rank=rank,
-        world=world,
+    batches = answer_dataset(
+        model, dataset, preprocess, model, device=device, precision=precision, batch_size=batch_size, workers=workers,
+        decode=decode, rank=rank, world=world, progress=progress,
     )  # fmt: skip
-    try:
-        with _shown(progress, len(dataset) // world) as advance:
-            for batch in batches:
-                scores = []
-                for part in batch.images.split(batch_size):
-                    images = normalise(part.to(device, non_blocking=True)).contiguous(memory_format=layout)
-                    with autocast(device, precision):
-                        scores.append(model(images).float().cpu())
-                logits.append(average_views(torch.cat(scores), views, dataset.multi_label))
-                targets.append(batch.targets)
-                indices.append(batch.indices)
-                advance(len(batch.targets))
-    finally:
-        model.train(was_training)
-    if not logits and world == 1:
-        raise ConfigError(f"none of the {len(dataset)} {dataset.noun}s could be read; {dataset.bad.summary()}")
+    views = view_count(preprocess)
+    logits, targets, indices = [], [], []
+    for scores, batch in batches:
+        logits.append(average_views(scores, views, dataset.multi_label))
+        targets.append(batch.targets)
+        indices.append(batch.indices)
     if not logits:  # more processes than samples
         nothing = torch.empty(0, dtype=torch.long)
         return Outputs(torch.empty(0, model.config.num_classes), torch.from_numpy(dataset.targets[:0]), nothing)
     return Outputs(torch.cat(logits), torch.cat(targets), torch.cat(indices))
+
+
+def answer_dataset(
+    model: Model,
+    dataset: ImageDataset,
+    preprocess: Preprocess,
+    ask: Callable[[Tensor], Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    batch_size: int = 64,
+    workers: int = 0,
+    decode: DecodeMode = "exact",
+    rank: int = 0,
+    world: int = 1,
+    progress: str | None = None,
+) -> Iterator[tuple[Float[Tensor, "v c"], Batch]]:
+    """(what `ask` answers to the normalised inputs, in float32 on the CPU, the batch) for all readable samples, in order.
+
+    Of videos every view has an answer of its own, those of one sample one after the other. The model is in eval mode meanwhile
+    and gets its mode back. The other arguments, and what is raised, are those of `predict_dataset`.
+    """
+    device, was_training = torch.device(device), model.training
+    layout, normalise = memory_format(model), Normalise(preprocess).to(device)
+    model.to(device).eval()
+    batches = eval_batches(
+        dataset, preprocess=preprocess, batch_size=max(batch_size // view_count(preprocess), 1), workers=workers,
+        mode=decode, rank=rank, world=world,
+    )  # fmt: skip
+    found = False
+    try:
+        with _shown(progress, len(dataset) // world) as advance:
+            for batch in batches:
+                answers = []
+                for part in batch.images.split(batch_size):
+                    images = normalise(part.to(device, non_blocking=True)).contiguous(memory_format=layout)
+                    with torch.no_grad(), autocast(device, precision):
+                        answers.append(ask(images).float().cpu())
+                found = True
+                yield torch.cat(answers), batch
+                advance(len(batch.targets))
+    finally:
+        model.train(was_training)
+    if not found and world == 1:
+        raise ConfigError(f"none of the {len(dataset)} {dataset.noun}s could be read; {dataset.bad.summary()}")
 
 
 def evaluate(

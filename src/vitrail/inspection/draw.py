@@ -53,6 +53,7 @@ STYLE: dict[Any, Any] = {
 }
 _CELL_RIGHT, _CELL_WRONG = (0.25, 0.45, 0.79), (0.79, 0.26, 0.25)  # pixels cannot follow the page: tones for both of its modes
 _AMBER = (255, 176, 46)
+_GOLD = "#c78a1e"  # seen on light and dark alike
 _SMALL = (3.2, 2.5)  # inches: three beside each other on a wide page, one on a phone
 SMALL_PICTURE = 64  # pictures up to this side are kept without loss and shown in hard pixels
 
@@ -75,6 +76,39 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: 
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if len(lines) > 1:
             axes.legend(loc="best", fontsize=9.5)
+        return svg(figure, title)
+
+
+def series(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    title: str,
+    x_label: str,
+    *,
+    ticks: Mapping[float, str] | None = None,
+    log: bool = False,
+) -> Markup:
+    """Named lines {name: (x, y, half height of the error bar)} of shares, y in percent; `ticks` names places on x.
+
+    Six lines can be told apart; further ones repeat colours.
+    """
+    looks = [(ACCENT, "o-"), (WRONG, "s-"), (_GOLD, "^-"), (MUTED, "D--"), (ACCENT, "v:"), (WRONG, "P:")]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_SMALL, layout="constrained")
+        axes = figure.subplots()
+        for number, (name, (x, y, error)) in enumerate(lines.items()):
+            colour, style = looks[number % len(looks)]
+            bars = np.nan_to_num(np.asarray(error, float))
+            axes.errorbar(np.asarray(x, float), np.asarray(y, float), bars, fmt=style, color=colour, label=name, markersize=4)
+        axes.set_title(title)
+        axes.set_xlabel(x_label)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        if log:
+            axes.set_xscale("log")
+        if ticks:
+            axes.set_xticks(list(ticks), list(ticks.values()))
+            axes.minorticks_off()
+        if len(lines) > 1:
+            axes.legend(loc="best", fontsize=8.5)
         return svg(figure, title)
 
 
