@@ -38,3 +38,14 @@ def test_vit_or_cnn_compares_both(picture_folder: Path, tmp_path: Path, capsys: 
     said = capsys.readouterr().out
     assert "vit      seed 0" in said
     assert "resnet   seed 0" in said
+
+
+def test_what_longer_clips_cost_by_count_and_by_formula(tmp_path: Path) -> None:
+    cost = example("vivit_cost")
+    points = [cost.measure(model, frames, image_size=(32, 32), depth=1) for model in cost.FORMULAS for frames in (4, 8)]
+    for point in points:
+        exact = point.model in ("factorised_self_attention", "factorised_dot_product")
+        assert point.attention == point.formula if exact else point.formula < point.attention < 4 * point.formula
+    cost.draw(points, tmp_path / "cost.png")
+    with Image.open(tmp_path / "cost.png") as drawn:
+        assert drawn.width > drawn.height

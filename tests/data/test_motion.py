@@ -9,6 +9,7 @@ import torch
 from vitrail.config import ConfigError, DataConfig
 from vitrail.data import ImageDataset, open_data
 from vitrail.data.embedded.motion import FRAMES, MOTIONS, SIDE, MotionStore, draw, opposite, reverse, scene
+from vitrail.data.footage import open_footage
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,10 @@ def test_samples_are_a_function_of_their_number(train: ImageDataset) -> None:
     other = open_data("motion")
     assert other.train is not None
     for index in (0, 7, 1999):
-        assert torch.equal(train.read(index).source, other.train.read(index).source)
+        first, second = (data.read(index).source for data in (train, other.train))
+        assert np.array_equal(
+            list(dict(first.frames(range(FRAMES))).values()), list(dict(second.frames(range(FRAMES))).values())
+        )
     assert scene(3, np.arange(9)) == scene(3, np.arange(9))
     assert scene(3, np.arange(9)) != scene(3, np.arange(9), seed=1)
     assert other.val is not None
@@ -88,6 +92,20 @@ def test_test_clips_show_other_drawings(train: ImageDataset) -> None:
     shown = [{source.scene(row).drawing for row in rows} for rows in (range(0, 4000, 3), range(4000, 4800))]
     assert not shown[0] & shown[1]
     assert len(shown[1]) > 300
+
+
+def test_only_the_wanted_frames_are_drawn(train: ImageDataset) -> None:
+    """Frames 3 and 9 alone are those of the whole clip; a model of grey pictures gets them in grey."""
+    shown = store(train).scene(5)
+    whole = draw(shown, store(train).sheet).permute(1, 2, 3, 0).numpy()
+    with open_footage(store(train).read(5)) as opened:
+        assert (len(opened.times), opened.end, opened.size) == (FRAMES, 1.0, (SIDE, SIDE))
+        found = dict(opened.frames([9, 3, 9]))
+    assert list(found) == [3, 9]
+    assert all(np.array_equal(pixels, whole[number]) for number, pixels in found.items())
+    with open_footage(store(train).read(5), channels=1) as opened:
+        ((_, grey),) = opened.frames([3])
+    assert grey.shape == (SIDE, SIDE, 1)
 
 
 def test_choices_it_does_not_have() -> None:

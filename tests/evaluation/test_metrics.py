@@ -42,6 +42,16 @@ def test_single_label_by_hand() -> None:
     assert report.headline == "top1"
 
 
+def test_two_classes_told_apart() -> None:
+    """Only what was answered with one of the two counts."""
+    truth = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])
+    report = classification_report(scores([0, 0, 1, 2, 1, 0, 2, 0], 3), truth, ["left", "right", "still"])
+    assert report.between("left", "right") == report.between("right", "left") == (3, 5)
+    assert report.between("right", "still") == (1, 2)
+    with pytest.raises(ValueError, match="lift"):
+        report.between("left", "lift")
+
+
 def test_agrees_with_torchmetrics() -> None:
     torch.manual_seed(0)
     logits, truth = torch.randn(400, 7) * 2, torch.randint(7, (400,))

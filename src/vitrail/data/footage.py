@@ -18,12 +18,12 @@ from vitrail.data.video import Frames, Pixels, Video, VideoData
 class Footage(NamedTuple):
     """A labelled stretch of video, nothing of it read yet.
 
-    source: a path or a whole file as bytes, the paths of the frames in order, or pixels, uint8 (c, t, h, w). start, end:
-    seconds since the first frame, end None is the end. rate: frames per second, where the source does not say (pictures,
-    pixels). speed: how many times faster it is played.
+    source: a path or a whole file as bytes, the paths of the frames in order, pixels, uint8 (c, t, h, w), or frames in colour
+    that are made when asked for. start, end: seconds since the first frame, end None is the end. rate: frames per second, where
+    the source does not say (pictures, pixels). speed: how many times faster it is played.
     """
 
-    source: VideoData | tuple[str, ...] | Tensor
+    source: VideoData | tuple[str, ...] | Tensor | Frames
     start: float = 0.0
     end: float | None = None
     rate: float = 25.0
@@ -57,9 +57,24 @@ class TensorFrames(Frames):
             yield number, match_channels(self.pixels[number].numpy(), self.channels)
 
 
+class ConvertedFrames(Frames):
+    """Frames of another number of channels."""
+
+    def __init__(self, source: Frames, channels: int) -> None:
+        super().__init__(source.times, source.end, source.size)
+        self.source, self.channels = source, channels
+
+    def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, Pixels]]:
+        """(number, pixels), converted one by one."""
+        for number, pixels in self.source.frames(wanted):
+            yield number, match_channels(pixels, self.channels)
+
+
 def open_footage(footage: Footage, *, channels: int = 3, max_pixels: int = MAX_PIXELS, threads: int = 1) -> Frames:
     """Its frames, to be closed (`with open_footage(...) as frames`). Raises VideoError or ImageError with the reason."""
     source = footage.source
+    if isinstance(source, Frames):
+        return source if channels == 3 else ConvertedFrames(source, channels)
     if isinstance(source, Tensor):
         return TensorFrames(source, footage.rate, channels)
     if isinstance(source, tuple):

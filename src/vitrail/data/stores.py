@@ -213,19 +213,22 @@ class FrameFolderStore(Store):
 
     def read(self, row: int) -> Footage:
         """The paths of the frames. Raises OSError where there is no such folder, ValueError where it holds no picture."""
+        return Footage(self._paths(row), rate=self.rate)
+
+    def _paths(self, row: int) -> tuple[str, ...]:
         folder = self.folders.read(row)
         names = [name for name in os.listdir(folder) if self.is_frame(name) and not name.startswith(".")]
         if not names:
             raise ValueError("a folder without pictures")
-        return Footage(tuple(os.path.join(folder, name) for name in sorted(names, key=_by_number)), rate=self.rate)
+        return tuple(os.path.join(folder, name) for name in sorted(names, key=_by_number))
 
     def key(self, row: int) -> bytes:
         """From the first, middle and last frame and their number."""
         try:
-            paths = self.read(row).source
+            paths = self._paths(row)
         except (OSError, ValueError):
             return content_key(b"")
-        some = [content_key(str(paths[at])) for at in (0, len(paths) // 2, -1)]
+        some = [content_key(paths[at]) for at in (0, len(paths) // 2, -1)]
         return digest(len(paths), b"".join(some))
 
     def part(self, row: int) -> tuple[float, ...]:

@@ -21,6 +21,7 @@ from torchmetrics.functional.classification import (
 )
 
 from vitrail.checkpoints.io import write_text
+from vitrail.config import unknown
 from vitrail.evaluation import bootstrap
 
 CALIBRATION_BINS = 15  # Guo et al. 2017, "On Calibration of Modern Neural Networks"
@@ -84,6 +85,20 @@ class Report:
             for t, a in pairs
             if wrong[t, a]
         ]
+
+    def between(self, first: str, second: str) -> tuple[int, int]:
+        """(right, all) of the samples of two classes that were answered with one of the two: can it tell them apart?
+
+        Raises ValueError for a class that it does not have, or where samples have several labels.
+        """
+        if self.multi_label:
+            raise ValueError("classes of samples with several labels are not answered one instead of the other")
+        for name in (first, second):
+            if name not in self.classes:
+                raise unknown("class", name, self.classes)
+        at = [self.classes.index(first), self.classes.index(second)]
+        cells = self.confusion[np.ix_(at, at)]
+        return int(np.trace(cells)), int(cells.sum())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; undefined numbers (nan) become None."""

@@ -7,6 +7,7 @@ model that does not use their order cannot be right more often than every other 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 from vitrail.data.footage import Footage
 from vitrail.data.listing import Listing
 from vitrail.data.stores import Store, digest
+from vitrail.data.video import Frames, Pixels
 
 MOTIONS = ("left", "right", "up", "down", "zoom in", "zoom out", "turn left", "turn right")
 SIDE, FRAMES, RATE = 64, 16, 16.0  # pixels, frames, frames per second
@@ -26,6 +28,7 @@ TEST_DRAWINGS = 5  # every fifth drawing is kept for the test clips
 _SPRITE = 32
 _WHITE = 244  # of the sheet's background, with what lossy compression did to it
 _WAVES = 3
+_CENTRES = (2 * torch.arange(SIDE) + 1) / SIDE - 1  # of pixels, in -1..1
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,10 @@ def reverse(shown: Scene) -> Scene:
     return replace(shown, motion=opposite(shown.motion))
 
 
-def draw(shown: Scene, sheet: UInt8[Tensor, "n 3 s s"]) -> UInt8[Tensor, "3 t h w"]:
-    """The clip of a scene; sheet: the drawings."""
+def draw(
+    shown: Scene, sheet: UInt8[Tensor, "n 3 s s"], numbers: Sequence[int] | np.ndarray = range(FRAMES)
+) -> UInt8[Tensor, "3 t h w"]:
+    """The clip of a scene, or of its frames those of these numbers; sheet: the drawings."""
     step = np.arange(FRAMES)
     going = (2.0 * step - (FRAMES - 1)) / (2 * (FRAMES - 1))  # -0.5 .. 0.5, the same backwards with the other sign
     pair, forwards = divmod(MOTIONS.index(shown.motion), 2)
@@ -88,11 +93,14 @@ def draw(shown: Scene, sheet: UInt8[Tensor, "n 3 s s"]) -> UInt8[Tensor, "3 t h 
     picture = _cut_out(sheet[shown.drawing])
     # Where each pixel of the frame looks into the drawing: moved, turned, scaled.
     cos, sin = np.cos(angle) / size, np.sin(angle) / size
-    matrices = np.stack([np.stack([cos, sin, -(cos * x + sin * y)], 1), np.stack([-sin, cos, sin * x - cos * y], 1)], 1)
-    grid = F.affine_grid(torch.from_numpy(matrices).float(), [FRAMES, 4, SIDE, SIDE], align_corners=False)
-    emoji = F.grid_sample(picture.expand(FRAMES, -1, -1, -1), grid, align_corners=False)
-    frames = _texture(shown.texture) * (1 - emoji[:, 3:]) + emoji[:, :3]
-    return frames.round().clamp(0, 255).to(torch.uint8).transpose(0, 1)
+    matrices = np.stack([cos, sin, -(cos * x + sin * y), -sin, cos, sin * x - cos * y])[:, np.asarray(numbers)]
+    count = matrices.shape[1]
+    grid = torch.empty(count, SIDE, SIDE, 2)
+    for axis, (across, down, start) in enumerate(torch.from_numpy(matrices).float().view(2, 3, count, 1, 1)):
+        torch.add(across * _CENTRES, down * _CENTRES[:, None] + start, out=grid[..., axis])
+    emoji = F.grid_sample(picture.expand(count, -1, -1, -1), grid, align_corners=False)
+    frames = torch.addcmul(emoji[:, :3], _texture(shown.texture), 1 - emoji[:, 3:])
+    return frames.round_().to(torch.uint8).transpose(0, 1)
 
 
 def _cut_out(drawing: UInt8[Tensor, "3 s s"]) -> Tensor:
@@ -113,13 +121,28 @@ def _cut_out(drawing: UInt8[Tensor, "3 s s"]) -> Tensor:
 def _texture(seed: int) -> Tensor:
     """float32 (3, h, w): a few waves of random length, direction and colour."""
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
-    colour = rng.uniform(60, 200, 3)[:, None, None] * np.ones((3, SIDE, SIDE))
+    place = np.arange(SIDE) / SIDE
+    colour = rng.uniform(60, 200, 3)[:, None, None]
     for _ in range(_WAVES):
         turn, length, phase = rng.uniform(0, np.pi), rng.uniform(0.15, 0.8), rng.uniform(0, 2 * np.pi)
-        wave = np.sin(2 * np.pi * (x * np.cos(turn) + y * np.sin(turn)) / length + phase)
-        colour += rng.uniform(-30, 30, 3)[:, None, None] * wave
-    return torch.from_numpy(colour.clip(0, 255)).float()
+        across = np.exp(2j * np.pi * place * np.cos(turn) / length)
+        down = np.exp(1j * (2 * np.pi * place * np.sin(turn) / length + phase))
+        wave = (down[:, None] * across[None, :]).imag  # the sine of the sum, by 2 x 64 functions instead of 64 x 64
+        colour = colour + rng.uniform(-30, 30, 3)[:, None, None] * wave
+    return torch.from_numpy(colour.clip(0, 255).astype(np.float32))
+
+
+class DrawnFrames(Frames):
+    """The frames of a scene, drawn when they are asked for."""
+
+    def __init__(self, shown: Scene, sheet: UInt8[Tensor, "n 3 s s"]) -> None:
+        super().__init__(np.arange(FRAMES) / RATE, FRAMES / RATE, (SIDE, SIDE))
+        self.scene, self.sheet = shown, sheet
+
+    def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, Pixels]]:
+        """(number, pixels); at most 16 frames are held."""
+        numbers = np.unique(np.asarray(wanted, np.int64))
+        yield from zip(numbers.tolist(), draw(self.scene, self.sheet, numbers).permute(1, 2, 3, 0).numpy(), strict=True)
 
 
 class MotionStore(Store):
@@ -140,8 +163,8 @@ class MotionStore(Store):
         return scene(row, numbers[tested if row >= TRAIN_CLIPS else ~tested])
 
     def read(self, row: int) -> Footage:
-        """The clip, uint8 (3, t, h, w), at 16 frames per second."""
-        return Footage(draw(self.scene(row), self.sheet), rate=RATE)
+        """The clip, 16 frames at 16 frames per second; nothing of it is drawn yet."""
+        return Footage(DrawnFrames(self.scene(row), self.sheet))
 
     def key(self, row: int) -> bytes:
         """Made from the row number."""
