@@ -92,7 +92,7 @@ def series(
     Six lines can be told apart; further ones repeat colours.
     """
     looks = [(ACCENT, "o-"), (WRONG, "s-"), (_GOLD, "^-"), (MUTED, "D--"), (ACCENT, "v:"), (WRONG, "P:")]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
         axes = figure.subplots()
         for number, (name, (x, y, error)) in enumerate(lines.items()):
