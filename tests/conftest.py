@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +25,9 @@ if os.environ.get("VITRAIL_TYPECHECK", "1") != "0":
 import numpy as np
 import torch
 from PIL import Image
+from tests import proofs
 from tests.peers import pairs
+from tests.zygote import Zygote
 
 torch.set_num_threads(1)
 
@@ -51,11 +53,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What the tests against peers have proven, as a table."""
-    found = pairs.gather(report for reports in terminalreporter.stats.values() for report in reports)
-    if found:
+    """What the tests have proven against peers and golden cases, as tables."""
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    if found := pairs.gather(reports):
         terminalreporter.section("pairs proven against peers")
         terminalreporter.write_line("\n".join(pairs.table(found)))
+    if proven := proofs.gather(reports):
+        terminalreporter.section("golden cases")
+        terminalreporter.write_line("\n".join(proofs.text(proofs.rows(proven, everything=False))))
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +77,27 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_python() -> Callable[..., str]:
-    """run_python(code, *arguments): stdout of a fresh interpreter, without type checking; fails with its stderr."""
+def zygote() -> Iterator[Zygote]:
+    """The process whose forks run snippets."""
+    started = Zygote()
+    yield started
+    started.close()
 
-    def run(code: str, *arguments: str, timeout: float = 240) -> str:
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+
+@pytest.fixture(scope="session")
+def run_python(zygote: Zygote) -> Callable[..., str]:
+    """run_python(code, *arguments): stdout of another process without type checking; fails with its stderr.
+
+    The process is a fork of one that has imported torch and the models; `fresh=True` gives a new interpreter.
+    """
+
+    def run(code: str, *arguments: str, timeout: float = 240, fresh: bool = False) -> str:
+        if fresh or not hasattr(os, "fork"):
+            done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=timeout)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+        answer = zygote.ask(code, arguments, timeout)
+        assert answer["code"] == 0, answer["err"]
+        return answer["out"]
 
     return run

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import zlib
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ _AS_BUILT = ("relative_position_index", "attn_mask", "relative_coords_table")
 @cache
 def manifest() -> dict[str, dict[str, Any]]:
     """All cases of the independent implementations by id."""
-    return {case["id"]: case for case in json.loads((FOLDER / "manifest.json").read_text())["cases"]}
+    cases = json.loads((FOLDER / "manifest.json").read_text())["cases"]
+    return {case["id"]: case for case in sorted(cases, key=lambda case: case["id"])}
 
 
 @cache
@@ -40,42 +41,50 @@ def normals(name: str, shape: Any) -> np.ndarray:
 
 def value(name: str, shape: Any, dtype: str) -> np.ndarray | None:
     """The value of a state-dict entry; None where the model's own is meant."""
-    leaf, f = name.rsplit(".", 1)[-1], np.float32
+    leaf = name.rsplit(".", 1)[-1]
     if leaf == "num_batches_tracked":
         return np.zeros(shape, dtype=np.int64)
     if leaf in _AS_BUILT or not dtype.startswith(("float", "bfloat")):
         return None
-    n = normals(name, shape)
+    n = np.asarray(normals(name, shape))
     if leaf == "running_var":
-        return f(0.5) + np.abs(n)
+        return np.float32(0.5) + np.abs(n)
+    scale, shift = _scale(leaf, shape)
+    np.multiply(n, np.float32(scale), out=n)  # in place: the large cases hold gigabytes
+    return np.add(n, np.float32(shift), out=n) if shift else n
+
+
+def _scale(leaf: str, shape: Any) -> tuple[float, float]:
+    """(factor, summand) of the normals of an entry."""
     if leaf == "logit_scale":
-        return f(math.log(10)) + f(0.1) * n
-    if leaf == "relative_position_bias_table":
-        return f(0.2) * n
-    if leaf in ("rel_pos_h", "rel_pos_w", "rel_pos_t", "running_mean"):
-        return f(0.1) * n
-    if _TOKENS.search(leaf):
-        return f(0.2) * n
-    if leaf.endswith("bias"):
-        return f(0.1) * n
+        return 0.1, math.log(10)
+    if leaf == "relative_position_bias_table" or _TOKENS.search(leaf):
+        return 0.2, 0.0
+    if leaf in ("rel_pos_h", "rel_pos_w", "rel_pos_t", "running_mean") or leaf.endswith("bias"):
+        return 0.1, 0.0
     if len(shape) <= 1:
-        return f(1) + f(0.1) * n
-    if len(shape) == 2:
-        return f(math.sqrt(2) / math.sqrt(shape[1])) * n
-    return f(1 / math.sqrt(int(np.prod(shape[1:])))) * n
+        return 0.1, 1.0
+    fan_in = math.sqrt(int(np.prod(shape[1:])))
+    return (math.sqrt(2) / fan_in if len(shape) == 2 else 1 / fan_in), 0.0
 
 
 def state(case: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The filled state dict of a case, under the peer's published names."""
+    return dict(_state(json.dumps([case["state_dict"], case.get("scale") or []])))
+
+
+@lru_cache(maxsize=1)  # cases of other input sizes have the same weights and stand side by side
+def _state(described: str) -> dict[str, torch.Tensor]:
+    entries, scales = json.loads(described)
     out = {}
-    for name, shape, dtype in case["state_dict"]:
+    for name, shape, dtype in entries:
         filled = value(name, shape, dtype)
         if filled is None:
             continue
-        for pattern, factor in case.get("scale") or ():
+        for pattern, factor in scales:
             if re.search(pattern, name) and filled.dtype == np.float32:
                 filled = filled * np.float32(factor)
-        out[name] = torch.from_numpy(np.array(filled))
+        out[name] = torch.from_numpy(np.asarray(filled))
     return out
 
 
@@ -91,6 +100,11 @@ def inputs(case: dict[str, Any], key: str = "x") -> torch.Tensor:
 def outputs(case: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The stored outputs; entries with a flat_stride are every so manieth element of the flattened tensor."""
     return {k: torch.from_numpy(v) for k, v in load_file(FOLDER / "outputs" / f"{case['id']}.safetensors").items()}
+
+
+def worst(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((got - want).abs().max() / want.abs().max().clamp_min(1e-12))
 
 
 def strided(case: dict[str, Any], key: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ print(len(sys.argv) - 1)
 
 @pytest.mark.parametrize("module", ["vitrail", "vitrail.cli", "vitrail.config"])
 def test_starting_is_light(run_python: Callable[..., str], module: str) -> None:
-    loaded = run_python(f"import {module}, sys; print(*sys.modules)").split()
+    loaded = run_python(f"import {module}, sys; print(*sys.modules)", fresh=True).split()
     assert not set(HEAVY) & set(loaded)
 
 

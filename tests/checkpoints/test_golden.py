@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import golden
+from tests import golden, proofs
 
 from vitrail.checkpoints.mapping import write
 from vitrail.checkpoints.store import SOURCES, load_model
@@ -30,10 +30,6 @@ def hints(case_id: str) -> dict:
     return HINTS.get(case_id, {"heads": 4} if "tinycfg" in case_id else {})
 
 
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
-
-
 @pytest.mark.parametrize("case_id", MODELS)
 def test_matches_the_peer(case_id: str, record_property) -> None:
     case = golden.manifest()[case_id]
@@ -44,19 +40,19 @@ def test_matches_the_peer(case_id: str, record_property) -> None:
         features = model.features(x)
         errors = {}
         if "logits" in want:
-            errors["logits"] = worst(model(x), want["logits"])
+            errors["logits"] = golden.worst(model(x), want["logits"])
         if "pooler" in want:
-            errors["pooler"] = worst(model.head.represent(model.pool(features)), want["pooler"])
+            errors["pooler"] = golden.worst(model.head.represent(model.pool(features)), want["pooler"])
         if "features" in want:
             tokens = features.maps()[:, :, 0] if model.family == "resnet" else features.tokens
-            errors["features"] = worst(golden.strided(case, "features", tokens), want["features"])
+            errors["features"] = golden.worst(golden.strided(case, "features", tokens), want["features"])
         maps = sorted(key for key in want if key.startswith("attn."))
         if maps:
             with record_attention(model) as recorded:
                 model(x)
             for key in maps:
-                errors[key] = worst(golden.strided(case, key, recorded[f"blocks.{key[5:]}.attn.site"]), want[key])
-    record_property("largest_relative_error", max(errors.values()))
+                errors[key] = golden.worst(golden.strided(case, key, recorded[f"blocks.{key[5:]}.attn.site"]), want[key])
+    proofs.record(record_property, case_id, max(errors.values()))
     assert errors, "the case has no output that was compared"
     assert max(errors.values()) <= 1e-5, errors
 
@@ -73,17 +69,18 @@ def test_tables_write_what_they_read(case_id: str) -> None:
     assert all(torch.equal(back[key], original[key]) for key in original)
 
 
-def test_published_shapes_of_huge() -> None:
+def test_published_shapes_of_huge(record_property) -> None:
     case = golden.manifest()["timm_vit_huge_patch14_224_shapes"]
     state = {name: torch.empty(shape, device="meta") for name, shape, _ in case["state_dict"]}
     source = next(s for s in SOURCES if s.recognise(state))
     config, notes = source.infer(state, {}, {})
     assert (config.width, config.depth, config.heads, config.patch) == (1280, 32, 16, (14, 14))
     assert notes == []
+    proofs.record(record_property, "timm_vit_huge_patch14_224_shapes", 0.0)
 
 
 @pytest.mark.parametrize("case_id", ["hf_vit_tinycfg_mim", "hf_vit_base_mim_224"])
-def test_masked_patches(case_id: str) -> None:
+def test_masked_patches(case_id: str, record_property) -> None:
     case = golden.manifest()[case_id]
     state = golden.state(case)
     model = load_model(state, quiet=True, **hints(case_id))
@@ -92,20 +89,24 @@ def test_masked_patches(case_id: str) -> None:
         maps = model.features(x, mask=mask).maps()[:, :, 0]
         pixels = F.conv2d(maps, state["decoder.0.weight"], state["decoder.0.bias"])
         pixels = F.pixel_shuffle(pixels, model.config.patch[0])
-    assert worst(golden.strided(case, "reconstruction", pixels), want["reconstruction"]) <= 1e-5
+    error = golden.worst(golden.strided(case, "reconstruction", pixels), want["reconstruction"])
+    proofs.record(record_property, case_id, error)
+    assert error <= 1e-5
 
 
 @pytest.mark.parametrize("case_id", RESAMPLES)
-def test_position_resampling(case_id: str) -> None:
+def test_position_resampling(case_id: str, record_property) -> None:
     case = golden.manifest()[case_id]
     old, new, prefix, rule = RESAMPLES[case_id]
     table = golden.inputs(case)
     got = torch.cat([table[:, :prefix], resize_grid(table[0, prefix:], old, new, rule)[None]], 1)
-    assert worst(golden.strided(case, "resampled", got), golden.outputs(case)["resampled"]) <= 1e-5
+    error = golden.worst(golden.strided(case, "resampled", got), golden.outputs(case)["resampled"])
+    proofs.record(record_property, case_id, error)
+    assert error <= 1e-5
 
 
 @pytest.mark.parametrize("case_id", ["vitjax_tiny_token", "vitjax_tiny_token_epssens", "bigvision_vit_tiny_gap"])
-def test_matches_the_authors(case_id: str) -> None:
+def test_matches_the_authors(case_id: str, record_property) -> None:
     case = golden.original(case_id)
     state = golden.original_state(case)
     model = load_model(state, quiet=True)
@@ -118,6 +119,7 @@ def test_matches_the_authors(case_id: str) -> None:
         got = {"logits": model(x), "pre_logits": embedding}
         if "i.encoded" in want:
             got["i.encoded"] = features.tokens
+    proofs.record(record_property, case_id, max(golden.worst(value, want[key]) for key, value in got.items()))
     for key, value in got.items():
         assert (value - want[key]).abs().max() <= 2e-5, key
     source = next(s for s in SOURCES if s.recognise(state))
@@ -127,10 +129,12 @@ def test_matches_the_authors(case_id: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["14to24_cls", "14to24_nocls", "7to12_cls", "24to14_cls", "16to16_cls", "4to7_cls", "1to3_cls"])
-def test_authors_position_resizing(key: str) -> None:
+def test_authors_position_resizing(key: str, record_property) -> None:
     entry = next(c for c in golden.original("vitjax_interpolate_posembed")["cases"] if c["key"] == key)
     table = torch.from_numpy(0.1 * golden.normals(entry["input_name"], entry["input_shape"]))
     prefix = int(entry["class_token"])
     old, new = entry["old_grid"], entry["new_grid"]
     got = torch.cat([table[:, :prefix], resize_grid(table[0, prefix:], (old, old), (new, new), "bilinear_corners")[None]], 1)
-    assert (got - golden.original_outputs("vitjax_interpolate_posembed")[key]).abs().max() <= 1e-6
+    want = golden.original_outputs("vitjax_interpolate_posembed")[key]
+    proofs.record(record_property, "vitjax_interpolate_posembed", golden.worst(got, want))
+    assert (got - want).abs().max() <= 1e-6

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests import golden
+from tests import golden, proofs
 
 from vitrail.checkpoints.mapping import write
 from vitrail.checkpoints.store import SOURCES, load_model
@@ -23,10 +23,6 @@ SETTINGS = {
     "hf_bit_50_224": {"num_groups": 32},
 }
 LIMIT = 1e-4  # standardisation amplifies the rounding of small variances
-
-
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
 
 
 def loaded(case_id: str, state: dict[str, torch.Tensor], folder: Path) -> Model:
@@ -45,16 +41,16 @@ def test_matches_the_peer(case_id: str, tmp_path, record_property) -> None:
     want, x = golden.outputs(case), golden.inputs(case)
     with torch.inference_mode():
         pyramid = model.pyramid(x)
-        errors = {"logits": worst(model(x), want["logits"])}
+        errors = {"logits": golden.worst(model(x), want["logits"])}
     maps = [features.maps()[:, :, 0] for features in pyramid]
     if "features" in want:
-        errors["features"] = worst(golden.strided(case, "features", maps[-1]), want["features"])
+        errors["features"] = golden.worst(golden.strided(case, "features", maps[-1]), want["features"])
     shift = 1 if case_id.startswith("hf") else 0  # transformers counts the stem
     raw = maps if not model.config.trunk.preactivation else maps[:-1]  # before the final norm
     for s, stage in enumerate(raw):
         if (key := f"stage.{s + shift}") in want:
-            errors[key] = worst(golden.strided(case, key, stage), want[key])
-    record_property("largest_relative_error", max(errors.values()))
+            errors[key] = golden.worst(golden.strided(case, key, stage), want[key])
+    proofs.record(record_property, case_id, max(errors.values()))
     assert max(errors.values()) <= LIMIT, errors
 
     source = next(s for s in SOURCES if s.recognise(state))
@@ -73,13 +69,13 @@ def test_matches_the_authors(record_property) -> None:
     with torch.inference_mode():
         pyramid = model.pyramid(x)
         errors = {
-            "logits": worst(model(x), want["logits"]),
-            "pre_logits": worst(model.pool(pyramid[-1]), want["pre_logits"]),
-            "root": worst(model.stem(x)[:, :8], want["i.root_ch8"]),
+            "logits": golden.worst(model(x), want["logits"]),
+            "pre_logits": golden.worst(model.pool(pyramid[-1]), want["pre_logits"]),
+            "root": golden.worst(model.stem(x)[:, :8], want["i.root_ch8"]),
         }
     for s in range(3):
-        errors[f"block{s + 1}"] = worst(pyramid[s].maps()[:, :8, 0], want[f"i.block{s + 1}_ch8"])
-    record_property("largest_relative_error", max(errors.values()))
+        errors[f"block{s + 1}"] = golden.worst(pyramid[s].maps()[:, :8, 0], want[f"i.block{s + 1}_ch8"])
+    proofs.record(record_property, "bit_tiny", max(errors.values()))
     assert max(errors.values()) <= LIMIT, errors
     source = next(s for s in SOURCES if s.recognise(state))
     back = write(source.rules(model.config), model.state_dict())

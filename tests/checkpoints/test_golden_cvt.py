@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import golden
+from tests import golden, proofs
 
 from vitrail.checkpoints import CheckpointError, load_model, save_model
 from vitrail.checkpoints.mapping import write
@@ -14,10 +14,6 @@ from vitrail.models import create_model
 PEERS = [i for i, c in golden.manifest().items() if c["family"] == "cvt"]
 AUTHORS = ["cvt_tiny", "cvt_tiny_epssens"]
 HEADS = {"cvt_tiny": (1, 2, 4), "cvt_tiny_epssens": (1, 2, 4), "hf_cvt_13_224": None}
-
-
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
 
 
 def loaded(state: dict[str, torch.Tensor], case_id: str):
@@ -52,8 +48,8 @@ def test_matches_the_peer(case_id: str, record_property) -> None:
     seen = watch(model)
     with torch.inference_mode():
         got = {"logits": model(x), "features": model.pool(model.features(x))[:, None], **seen}
-    errors = {key: worst(golden.strided(case, key, got[key]), want[key]) for key in want}
-    record_property("largest_relative_error", max(errors.values()))
+    errors = {key: golden.worst(golden.strided(case, key, got[key]), want[key]) for key in want}
+    proofs.record(record_property, case_id, max(errors.values()))
     assert "logits" in errors
     assert max(errors.values()) <= 1e-5, errors
 
@@ -70,7 +66,7 @@ def test_matches_the_authors(case_id: str, record_property) -> None:
     got |= {f"i.stage{s}": seen[f"stage.{s}"] for s in range(3)}
     got |= {f"i.stage{s}.patch_embed": seen[f"embed.{s}"] for s in range(3)}
     assert set(want) == set(got)
-    record_property("largest_relative_error", max(worst(got[key], want[key]) for key in want))
+    proofs.record(record_property, case_id, max(golden.worst(got[key], want[key]) for key in want))
     for key, value in want.items():
         assert (got[key] - value).abs().max() <= 2e-5, key
 

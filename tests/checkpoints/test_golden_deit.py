@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 import torch
-from tests import golden
+from tests import golden, proofs
 
 from vitrail.checkpoints import CheckpointError, load_model, save_model
 from vitrail.checkpoints.mapping import write
@@ -23,10 +23,6 @@ def hints(case_id: str) -> dict:
     return {"heads": 4} if "tinycfg" in case_id else {}
 
 
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
-
-
 @pytest.mark.parametrize("case_id", CASES)
 def test_matches_the_peer(case_id: str, record_property) -> None:
     case = golden.manifest()[case_id]
@@ -40,8 +36,8 @@ def test_matches_the_peer(case_id: str, record_property) -> None:
             got |= {"logits.0": first, "logits.1": second, "logits_cls": first, "logits_distillation": second}
     blocks = "backbone.blocks" if model.family == "deit" else "blocks"
     got |= {f"attn.{i}": maps[f"{blocks}.{i}.attn.site"] for i in range(model.config.depth)}
-    errors = {key: worst(golden.strided(case, key, got[key]), value) for key, value in want.items() if key in got}
-    record_property("largest_relative_error", max(errors.values()))
+    errors = {key: golden.worst(golden.strided(case, key, got[key]), value) for key, value in want.items() if key in got}
+    proofs.record(record_property, case_id, max(errors.values()))
     assert len(errors) == sum(not key.startswith("block.") for key in want)
     assert max(errors.values()) <= 1e-5, errors
 
@@ -66,7 +62,7 @@ def test_matches_the_authors(tmp_path, record_property) -> None:
     with torch.inference_mode():
         first, second = model.both(x)
         got = {"logits": model(x), "logits_cls": first, "logits_dist": second}
-    record_property("largest_relative_error", max(worst(got[key], want[key]) for key in got))
+    proofs.record(record_property, "deit_tinycfg_distilled", max(golden.worst(got[key], want[key]) for key in got))
     for key, value in got.items():
         assert (value - want[key]).abs().max() <= 2e-5, key
     (source,) = (s for s in SOURCES if s.recognise(state))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests import golden
+from tests import golden, proofs
 
 from vitrail.checkpoints.mapping import CheckpointError, write
 from vitrail.checkpoints.store import SOURCES, load_model
@@ -13,10 +13,6 @@ from vitrail.models import Model
 
 CASES = [i for i, c in golden.manifest().items() if c["family"] == "vit_hybrid"]
 LIMIT = 1e-4  # standardisation amplifies the rounding of small variances
-
-
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
 
 
 def assert_written_back(model: Model, state: dict[str, torch.Tensor]) -> None:
@@ -36,14 +32,14 @@ def test_matches_the_peer(case_id: str, record_property) -> None:
     with torch.inference_mode(), record_attention(model) as recorded:
         features = model.features(x)
         errors = {
-            "logits": worst(model.head(model.pool(features)), want["logits"]),
-            "features": worst(golden.strided(case, "features", features.tokens), want["features"]),
+            "logits": golden.worst(model.head(model.pool(features)), want["logits"]),
+            "features": golden.worst(golden.strided(case, "features", features.tokens), want["features"]),
         }
     for key in want:
         if key.startswith("attn."):
             maps = recorded[f"backbone.blocks.{key[5:]}.attn.site"]
-            errors[key] = worst(golden.strided(case, key, maps), want[key])
-    record_property("largest_relative_error", max(errors.values()))
+            errors[key] = golden.worst(golden.strided(case, key, maps), want[key])
+    proofs.record(record_property, case_id, max(errors.values()))
     assert max(errors.values()) <= LIMIT, errors
     assert_written_back(model, state)
 
@@ -61,13 +57,13 @@ def test_matches_the_authors(record_property) -> None:
         for stage in model.stages:
             maps.append(stage(maps[-1]))
         errors = {
-            "logits": worst(model(x), want["logits"]),
-            "pre_logits": worst(embedding, want["pre_logits"]),
-            "encoded": worst(features.tokens, want["i.encoded"]),
+            "logits": golden.worst(model(x), want["logits"]),
+            "pre_logits": golden.worst(embedding, want["pre_logits"]),
+            "encoded": golden.worst(features.tokens, want["i.encoded"]),
         }
     for s in range(1, 4):
-        errors[f"block{s}"] = worst(maps[s][:, :8].permute(0, 2, 3, 1), want[f"i.block{s}_ch8"])
-    record_property("largest_relative_error", max(errors.values()))
+        errors[f"block{s}"] = golden.worst(maps[s][:, :8].permute(0, 2, 3, 1), want[f"i.block{s}_ch8"])
+    proofs.record(record_property, "vitjax_tiny_hybrid_r50style", max(errors.values()))
     assert max(errors.values()) <= LIMIT, errors
     assert_written_back(model, state)
     flat = {key: value.flatten() if "/gn" in key or key.startswith("gn_") else value for key, value in state.items()}
@@ -80,7 +76,7 @@ def test_the_authors_standardisation_is_not_timms() -> None:
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     theirs, timms = load_model(small, quiet=True), load_model(small, quiet=True, **{"trunk.std_rule": "variance"})
     with torch.inference_mode():
-        assert worst(theirs(x), timms(x)) > 1e-2
+        assert golden.worst(theirs(x), timms(x)) > 1e-2
 
 
 def test_positions_follow_the_image_size_by_the_rule_of_the_source() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests import golden
+from tests import golden, proofs
 
 from vitrail.checkpoints import CheckpointError, load_model
 from vitrail.checkpoints.mapping import write
@@ -24,10 +24,6 @@ HINTS = {
 
 def hints(case_id: str) -> dict:
     return HINTS.get(case_id, {})
-
-
-def worst(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
 
 
 def site_of(key: str, case_id: str) -> str:
@@ -49,10 +45,11 @@ def test_matches_the_peer(case_id: str, record_property) -> None:
         got |= {f"stage.{2 * s + 1}": pyramid[s].tokens for s in range(last)}  # torchvision: stages at odd places
         got |= {key: maps[site_of(key, case_id)] for key in want if key.startswith("attn.")}
         got |= {f"block.{s}.1": pyramid[s].tokens for s in range(last)}
+    known = {key: value for key, value in want.items() if key in got}
     errors = {
-        key: worst(golden.strided(case, key, got[key]).reshape(value.shape), value) for key, value in want.items() if key in got
+        key: golden.worst(golden.strided(case, key, got[key]).reshape(value.shape), value) for key, value in known.items()
     }
-    record_property("largest_relative_error", max(errors.values()))
+    proofs.record(record_property, case_id, max(errors.values()))
     assert {"logits", "features"} <= set(errors)
     assert max(errors.values()) <= 1e-5, errors
 
@@ -81,6 +78,7 @@ def test_matches_the_authors(record_property) -> None:
     with torch.inference_mode():
         pyramid = model.pyramid(x)
         got = {"logits": model(x), "i.norm": pyramid[1].tokens, "pre_logits": model.pool(pyramid[1])}
+    proofs.record(record_property, "swin_tiny_cfg", max(golden.worst(got[key], want[key]) for key in got))
     for key, value in got.items():
         assert (value - want[key]).abs().max() <= 2e-5, key
     (source,) = (s for s in SOURCES if s.recognise(state))
@@ -88,11 +86,10 @@ def test_matches_the_authors(record_property) -> None:
     back = write(source.rules(model.config), model.state_dict())
     assert set(back) == set(state)
     assert all(torch.equal(back[key], state[key]) for key in state)
-    record_property("largest_relative_error", worst(got["logits"], want["logits"]))
 
 
 @pytest.mark.parametrize("key", ["w4to6", "w7to12_newhead", "w4to7_ape"])
-def test_resizes_tables_as_the_authors(key: str, capsys) -> None:
+def test_resizes_tables_as_the_authors(key: str, capsys, record_property) -> None:
     entry = next(c for c in golden.original("swin_load_pretrained_resize")["cases"] if c["key"] == key)
     want = {k.removeprefix(key + "/"): v for k, v in golden.original_outputs("swin_load_pretrained_resize").items()
             if k.startswith(key + "/")}  # fmt: skip
@@ -105,6 +102,8 @@ def test_resizes_tables_as_the_authors(key: str, capsys) -> None:
     x = torch.from_numpy(np.array(golden.normals(entry["input_name"], entry["input_shape"])))
     with torch.inference_mode():
         got["logits"] = model(x)
+    error = max(golden.worst(got[name], value) for name, value in want.items())
+    proofs.record(record_property, "swin_load_pretrained_resize", error)
     for name, value in want.items():
         assert (got[name] - value).abs().max() <= 2e-5, name
     side = target["img_size"]
@@ -114,8 +113,8 @@ def test_resizes_tables_as_the_authors(key: str, capsys) -> None:
 def test_resizes_tables_as_timm(record_property) -> None:
     case = golden.manifest()["resample_swin_bias_7_to_12"]
     got, want = resize_bias(golden.inputs(case)[0], (7, 7), (12, 12), "geometric"), golden.outputs(case)["resampled"]
-    record_property("largest_relative_error", worst(got, want))
-    assert worst(got, want) <= 1e-5
+    proofs.record(record_property, "resample_swin_bias_7_to_12", golden.worst(got, want))
+    assert golden.worst(got, want) <= 1e-5
 
 
 @pytest.mark.parametrize("rule", ["bicubic_corners", "bicubic_plain", "geometric"])

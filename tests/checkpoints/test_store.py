@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vitrail.checkpoints import CheckpointError, load_checkpoint_card, load_model, save_model
+from vitrail.checkpoints.fill import build_for
 from vitrail.checkpoints.mapping import Report, drop, fuse, read, rename, transpose, write
 from vitrail.config import ModelCard, Preprocess
 from vitrail.models import create_model
@@ -291,3 +292,25 @@ def test_the_oldest_tables_of_big_vision(token: bool, tmp_path) -> None:
     again = load_model(tmp_path / "old.npz", quiet=True)
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(again(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_micro_patch4_16", "swin_micro", "swinv2_micro", "resnet_micro"])
+def test_weights_that_replace_everything_are_loaded_without_drawing_others(name: str, tmp_path) -> None:
+    model = random_model(name)
+    save_model(model, tmp_path / "m.safetensors")
+    before = torch.get_rng_state()
+    loaded = load_model(tmp_path / "m.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    pairs = [*zip(loaded.parameters(), model.parameters(), strict=True), *zip(loaded.buffers(), model.buffers(), strict=True)]
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)  # buffers also of what no file holds
+    loaded(torch.randn(2, *loaded.input_shape)).sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+
+
+def test_a_head_that_the_weights_lack_starts_as_ever() -> None:
+    torch.manual_seed(0)
+    fresh = create_model("vit_micro_patch4_16", pool="attention", class_token=False)
+    known = {key: value for key, value in fresh.state_dict().items() if not key.startswith("head.")}
+    torch.manual_seed(0)
+    built = build_for(known, fresh.config, "")
+    assert all(torch.equal(a, b) for a, b in zip(built.parameters(), fresh.parameters(), strict=True))

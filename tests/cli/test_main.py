@@ -25,7 +25,7 @@ def test_help_is_quick_and_starts_nothing_heavy(run_python: Callable[..., str]) 
         return time.perf_counter() - begin
 
     assert min(seconds() for _ in range(3)) < 0.5
-    loaded = run_python("import sys, vitrail.cli; vitrail.cli.main(['--help']); print('modules:', *sys.modules)")
+    loaded = run_python("import sys, vitrail.cli; vitrail.cli.main(['--help']); print('modules:', *sys.modules)", fresh=True)
     assert not {"torch", "tyro", "numpy", "yaml"} & set(loaded.split("modules:")[1].split())
 
 
@@ -41,7 +41,7 @@ def test_help_names_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", VERBS)
 def test_every_verb_explains_itself_without_torch(run_python: Callable[..., str], name: str) -> None:
     code = "import sys, vitrail.cli; print(vitrail.cli.main(sys.argv[1:]), 'torch' in sys.modules)"
-    page = run_python(code, *name.split(), "--help")
+    page = run_python(code, *name.split(), "--help", fresh=True)
     assert page.splitlines()[-1] == "0 False"
     assert f"usage: vitrail {name}" in page
     examples = page.split("\nExamples\n")[1]

@@ -420,4 +420,4 @@ def test_decoding_loads_neither_torchvision_nor_tifffile(run_python: Callable[..
         import sys
         from vitrail.data.images import decode_image
         print(tuple(decode_image(sys.argv[1]).shape), {"torchvision", "tifffile"} & set(sys.modules))"""
-    assert run_python(code, str(tmp_path / "picture.jpg")).strip() == "(3, 40, 56) set()"
+    assert run_python(code, str(tmp_path / "picture.jpg"), fresh=True).strip() == "(3, 40, 56) set()"

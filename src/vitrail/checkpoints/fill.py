@@ -5,12 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vitrail.layers.position import ClipPosition, RelativePosition, VideoPosition, resize_grid, resize_line
-from vitrail.models import Model
+from vitrail.models import Model, build
 
 from .mapping import CheckpointError, Report, State
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """What torch.empty makes, as layers make their weights, has a shape but no memory; all else (buffers) is made as ever."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.empty:
+            kwargs = {**(kwargs or {}), "device": "meta"}
+        return func(*args, **(kwargs or {}))
+
+
+def build_for(state: State, config: Any, name: str) -> Model:
+    """A model whose every parameter `state` will replace, so none is drawn: that would take longer than reading a file.
+
+    Where a parameter would keep its initial value (a head that the weights lack), the model is built as ever.
+    """
+    with _ShapesOnly():
+        model = build(config, name)
+    for key, parameter in model.named_parameters():
+        if key not in state or (key.startswith("head.") and state[key].shape != parameter.shape):
+            return build(config, name)
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                memory = torch.empty_like(parameter, device=torch.get_default_device())
+                setattr(module, key, nn.Parameter(memory, parameter.requires_grad))
+    return model
 
 
 def fill(model: Model, state: State, report: Report, name: str, built: Any) -> None:

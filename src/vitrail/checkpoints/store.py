@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitrail import config as settings
 from vitrail.config import ModelCard, Preprocess
-from vitrail.models import FAMILIES, MODELS, Model, build, create_model, family_of, override
+from vitrail.models import FAMILIES, MODELS, Model, create_model, family_of, override
 from vitrail.models.vit import ViT
 
 from . import (
@@ -36,7 +36,7 @@ from . import (
     vivit,
     x3d,
 )
-from .fill import fill, refit_clips
+from .fill import build_for, fill, refit_clips
 from .identity import Origin
 from .inflate import inflate, matching_settings
 from .io import (
@@ -91,7 +91,8 @@ def load_model(
     state, origin = _open(source)
     report = Report(source=origin.name)
     if "vitrail" in origin.metadata:
-        (model, built), ours = _from_ours(origin.metadata["vitrail"], overrides, report), dict(state)
+        ours = dict(state)
+        model, built = _from_ours(origin.metadata["vitrail"], ours, overrides, report)
     else:
         model, built, ours = _from_foreign(state, origin, overrides, report)
     if preprocess is not None:
@@ -252,14 +253,14 @@ def _parse(text: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _from_ours(text: str, overrides: Mapping[str, Any], report: Report) -> tuple[Model, Any]:
+def _from_ours(text: str, state: State, overrides: Mapping[str, Any], report: Report) -> tuple[Model, Any]:
     content = _parse(text, report.source)
     config = settings.from_dict(FAMILIES[content["family"]].CONFIG, content["config"])
     card = settings.from_dict(ModelCard, content.get("card") or {})
     if card.classes:
         card, remark = identity.labelled(card, config.num_classes)
         report.notes += [remark] if remark else []
-    return _finish(config, overrides, card, str(content.get("name", "")), report), config
+    return _finish(config, overrides, card, str(content.get("name", "")), report, state), config
 
 
 def _from_foreign(state: State, origin: Origin, overrides: Mapping[str, Any], report: Report) -> tuple[Model, Any, State]:
@@ -283,7 +284,7 @@ def _from_foreign(state: State, origin: Origin, overrides: Mapping[str, Any], re
     card = dataclasses.replace(card, preprocess=preprocess, provenance=provenance)
     changes = {k: v for k, v in overrides.items() if k != "built_size"}
     name = claim.row.model if claim is not None and claim.row.model in MODELS else _registered(config)
-    return _finish(config, changes, card, name, report), config, ours
+    return _finish(config, changes, card, name, report, ours), config, ours
 
 
 def _translate_claimed(
@@ -326,7 +327,7 @@ def _registered(config: Any) -> str:
     return next((n for n, c in MODELS.items() if type(c) is type(config) and dataclasses.replace(c, **free) == config), "")
 
 
-def _finish(config: Any, overrides: Mapping[str, Any], card: ModelCard, name: str, report: Report) -> Model:
+def _finish(config: Any, overrides: Mapping[str, Any], card: ModelCard, name: str, report: Report, state: State) -> Model:
     """The model with the user's overrides; a card follows the image size and forgets the classes of a replaced head."""
     changes = dict(overrides)
     if isinstance(changes.get("image_size"), int):
@@ -334,7 +335,7 @@ def _finish(config: Any, overrides: Mapping[str, Any], card: ModelCard, name: st
     classes = changes.pop("num_classes", config.num_classes)
     new, notes = FAMILIES[family_of(config)].MODEL.replan(config, override(config, changes))
     report.notes += notes
-    model = build(new, name)
+    model = build_for(state, new, name)
     if classes != config.num_classes:
         model.reset_head(classes)
     preprocess = card.preprocess or Preprocess(image_size=new.image_size, channels=new.in_channels)
