@@ -20,7 +20,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from vitrail.checkpoints import save_model
+from vitrail.config import ModelCard, Preprocess
 from vitrail.cost import Memory, matmul_peak
+from vitrail.models import create_model
 from vitrail.training import loop, plan, step
 from vitrail.training.evaluators import SplitEvaluator
 from vitrail.training.log import Log
@@ -32,6 +35,12 @@ SETTINGS: dict[str, Any] = {
     "accumulate": 2, "steps": 14, "ema": 0.9, "mixup": 0.4, "cutmix": 0.5, "label_smoothing": 0.1, "save_every_steps": 3,
     "keep_last": 2, "precision": "fp32", "device": "cpu", "layer_decay": 0.9, "affine_degrees": 10.0, "val_fraction": 0.25,
 }  # fmt: skip
+# Families with modules of their own: what SETTINGS becomes. The teacher is made by main().
+FAMILIES: dict[str, dict[str, Any]] = {
+    "swin_micro": {"overrides": {"dropout": 0.1, "drop_path": 0.2}},
+    "cvt_micro": {"overrides": {"dropout": 0.1, "drop_path": 0.2}},
+    "deit_micro": {"teacher": "teacher", "distill": "soft", "distill_temperature": 3.0, "distill_weight": 0.3},
+}
 TIMES = ("seconds", "images_per_second", "data_wait", "mfu")  # of a record: the only values that may differ
 
 
@@ -67,7 +76,9 @@ class Events:
         setattr(owner, attribute, called)
 
 
-def training(folder: Path, number: int | None, act: Callable[[], None], workers: int, resume: bool) -> None:
+def training(
+    folder: Path, number: int | None, act: Callable[[], None], workers: int, resume: bool, settings: dict[str, Any]
+) -> None:
     """In a fork: train (or resume) in `folder`, with `act` at the given moment."""
     events = Events(number, act, folder.with_suffix(".events"))
     events.around(step, "micro_step", "micro-step")
@@ -81,11 +92,12 @@ def training(folder: Path, number: int | None, act: Callable[[], None], workers:
     if resume:
         loop.train(resume=folder, data=samples(), workers=workers)
     else:
-        loop.train(data=samples(), out=str(folder), workers=workers, **SETTINGS)
+        loop.train(data=samples(), out=str(folder), workers=workers, **settings)
 
 
 def forked(folder: Path, number: int | None = None, act: Callable[[], None] = lambda: None, *,
-           workers: int = 0, resume: bool = False, kill_after: float = 0.0) -> tuple[int, str]:  # fmt: skip
+           workers: int = 0, resume: bool = False, kill_after: float = 0.0,
+           settings: dict[str, Any] = SETTINGS) -> tuple[int, str]:  # fmt: skip
     """(exit code, what it printed) of a training in a fork; a negative code is the signal that ended it."""
     output = folder.with_suffix(".out")
     child = os.fork()
@@ -95,7 +107,7 @@ def forked(folder: Path, number: int | None = None, act: Callable[[], None] = la
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
         try:
-            training(folder, number, act, workers, resume)
+            training(folder, number, act, workers, resume, settings)
         except SystemExit as leaving:
             os._exit(int(leaving.code or 0))
         except OSError as problem:
@@ -223,6 +235,21 @@ def main(folder: Path, report: Path) -> None:
     code, output = forked(run, second, full_disk)
     left = [path.name for path in (run / "checkpoints").iterdir()]
     result["full"] = {"code": code, "said": output, "left": left, **resumed(run, whole, 0)}
+
+    teacher = create_model("resnet_micro", num_classes=3)
+    torch.nn.init.normal_(teacher.head.linear.weight)
+    teacher.card = ModelCard(classes=("0", "1", "2"), preprocess=Preprocess((16, 16)))
+    save_model(teacher, folder / "teacher")
+    result["families"] = {}
+    for model, changes in FAMILIES.items():
+        settings = {**SETTINGS, "model": model, **changes}
+        if "teacher" in changes:
+            settings["teacher"] = str(folder / "teacher")
+        whole, run = folder / model, folder / f"{model}-killed"
+        ended, output = forked(whole, settings=settings)
+        events = whole.with_suffix(".events").read_text().splitlines()
+        code, _ = forked(run, choose(events)["between micro-steps"], die, settings=settings)
+        result["families"][model] = {"whole": ended, "said": output, "code": code, **resumed(run, whole, 0)}
     report.write_text(json.dumps(result, indent=1))
 
 
