@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from vitrail.studies.small import VIT
+from vitrail.studies.small import vit
 from vitrail.studies.statistics import by, difference, mean, verdict
 from vitrail.studies.study import Chart, Findings, Row, Runs, Series, StudyConfig, Table, train_runs
 
@@ -35,7 +35,7 @@ class Config(StudyConfig):
 def plan(config: Config) -> list[Runs]:
     """Both pools at every learning rate."""
     variants = {
-        f"{pool} lr {lr:g}": {"lr": lr, "overrides": {**VIT, **config.overrides, **change}}
+        f"{pool} lr {lr:g}": {"lr": lr, "overrides": {**vit(config.image_size), **config.overrides, **change}}
         for pool, change in POOLS.items()
         for lr in config.lrs
     }

@@ -135,10 +135,9 @@ def directory(name: str, config: StudyConfig) -> Path:
     return Path(config.out or Path("studies") / f"{Path(config.data).name.split('.')[0]}-{name}")
 
 
-def train_runs(name: str, config: StudyConfig, plan: Sequence[Runs]) -> list[Row]:
-    """Train what a study plans, or go on with it; one row per run, with its `folder` below the study's. Prints progress."""
-    from vitrail.data import open_data  # these import torch
-    from vitrail.studies.grid import run_grid
+def base_config(config: StudyConfig) -> RunConfig:
+    """The settings that all runs of a study share."""
+    from vitrail.data import open_data  # imports torch
 
     base = replace_flat(
         RunConfig(),
@@ -149,6 +148,24 @@ def train_runs(name: str, config: StudyConfig, plan: Sequence[Runs]) -> list[Row
     )  # fmt: skip
     if "val_fraction" not in config.settings and open_data(config.data, base.data_config).test is not None:
         base = replace_flat(base, {"val_fraction": 0.0})  # nothing is chosen while training; the test split is the judge
+    return base
+
+
+def training_counts(config: StudyConfig) -> list[int]:
+    """How many training pictures each class has. Raises ConfigError for data without any, or with several labels a picture."""
+    from vitrail.data import open_data
+
+    data = open_data(config.data, base_config(config).data_config)
+    if data.train is None or data.multi_label:
+        raise ConfigError(f"{data.name}: this study needs training pictures with one label each")
+    return [int(count) for count in data.train.class_counts()]
+
+
+def train_runs(name: str, config: StudyConfig, plan: Sequence[Runs]) -> list[Row]:
+    """Train what a study plans, or go on with it; one row per run, with its `folder` below the study's. Prints progress."""
+    from vitrail.studies.grid import run_grid
+
+    base = base_config(config)
     rows = []
     for runs in plan:
         grid = run_grid(
