@@ -29,15 +29,14 @@ def jpeg(data: bytes, channels: int = 3) -> JpegImage:
 def test_the_upper_rows_are_those_of_the_whole_picture(options: dict, channels: int) -> None:
     image = jpeg(encode(PIXELS, "JPEG", quality=90, **options), channels)
     for scale, reduction in ((1.0, 1), (0.5, 2), (0.25, 4), (0.125, 8)):
-        for rough in (False, True):
-            whole, _ = image.decode(scale, rough=rough)
-            assert whole.shape == (-(-201 // reduction), -(-154 // reduction), channels)
-            for rows in (1, 15, 16, 63, 100, 150, 175, 201):
-                top, found = image.decode(scale, rows, rough)
-                assert found == reduction
-                assert len(top) < len(whole) or rows > 150
-                used = -(-rows // reduction)
-                assert np.array_equal(top[:used], whole[:used])
+        whole, _ = image.decode(scale)
+        assert whole.shape == (-(-201 // reduction), -(-154 // reduction), channels)
+        for rows in (1, 15, 16, 63, 100, 150, 175, 201):
+            top, found = image.decode(scale, rows)
+            assert found == reduction
+            assert len(top) < len(whole) or rows > 150
+            used = -(-rows // reduction)
+            assert np.array_equal(top[:used], whole[:used])
 
 
 def test_grey_jpegs_too() -> None:

@@ -40,20 +40,20 @@ class OpenImage:
         self.stored_size, self.channels, self.orientation, self.data = stored_size, channels, orientation, data
         self.size = stored_size[::-1] if orientation >= 5 else stored_size
 
-    def decode(self, scale: float = 1.0, rows: int | None = None, rough: bool = False) -> tuple[Pixels, int]:
+    def decode(self, scale: float = 1.0, rows: int | None = None) -> tuple[Pixels, int]:
         """Pixels as stored, before orientation, and how many stored pixels (1, 2, 4, 8) each stands for along a side.
 
         scale: the fraction of the full size that is enough. rows: how many stored rows from the top are needed; more may be
-        returned. rough: colour may be a little less sharp. Only JPEG makes use of these. Raises ImageError.
+        returned. Only JPEG makes use of these. Raises ImageError.
         """
         try:
-            return self._decode(scale, rows, rough)
+            return self._decode(scale, rows)
         except ImageError:
             raise
         except Exception as problem:  # decoders raise nearly every kind of exception for malformed data
             raise ImageError(plain_reason(self.data, problem)) from None
 
-    def _decode(self, scale: float, rows: int | None, rough: bool) -> tuple[Pixels, int]:
+    def _decode(self, scale: float, rows: int | None) -> tuple[Pixels, int]:
         raise NotImplementedError
 
 
@@ -64,7 +64,7 @@ class PillowImage(OpenImage):
         super().__init__((image.height, image.width), channels, orientation, data)
         self.image = image
 
-    def _decode(self, scale: float, rows: int | None, rough: bool) -> tuple[Pixels, int]:
+    def _decode(self, scale: float, rows: int | None) -> tuple[Pixels, int]:
         with quiet():
             return convert(self.image, self.channels), 1
 
@@ -72,7 +72,7 @@ class PillowImage(OpenImage):
 class BandsImage(OpenImage):
     """A `.npy` file, or a TIFF that only tifffile reads."""
 
-    def _decode(self, scale: float, rows: int | None, rough: bool) -> tuple[Pixels, int]:
+    def _decode(self, scale: float, rows: int | None) -> tuple[Pixels, int]:
         return match_channels(read_bands(self.data or b"", self.channels), self.channels), 1
 
 
@@ -83,7 +83,7 @@ class ArrayImage(OpenImage):
         super().__init__((pixels.shape[0], pixels.shape[1]), channels)
         self.pixels = pixels
 
-    def _decode(self, scale: float, rows: int | None, rough: bool) -> tuple[Pixels, int]:
+    def _decode(self, scale: float, rows: int | None) -> tuple[Pixels, int]:
         return match_channels(self.pixels, self.channels), 1
 
 

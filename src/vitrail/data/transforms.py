@@ -82,7 +82,7 @@ def decode_for_eval(
     """
     image = open_image(data, channels=preprocess.channels, max_pixels=max_pixels)
     size, whole = fitted_size(image.size, preprocess), Box(0, 0, *image.size)
-    return frame_picture(_decode_part(image, whole, size, preprocess.interpolation, mode, rough=False), preprocess)
+    return frame_picture(_decode_part(image, whole, size, preprocess.interpolation, mode), preprocess)
 
 
 def decode_for_train(
@@ -110,7 +110,7 @@ def decode_box(image: OpenImage, box: Box, preprocess: Preprocess, mode: DecodeM
     mode "scaled" decodes only the rows and the detail that the part needs; it may then begin up to 7 pixels further up or
     left, less than one pixel of the result.
     """
-    return _decode_part(image, box, preprocess.image_size, preprocess.interpolation, mode, rough=True)
+    return _decode_part(image, box, preprocess.image_size, preprocess.interpolation, mode)
 
 
 def random_box(size: tuple[int, int], augment: AugmentConfig, generator: torch.Generator) -> Box:
@@ -177,7 +177,7 @@ def frame_picture(image: UInt8[Tensor, "c h w"], preprocess: Preprocess, place: 
 
 
 def _decode_part(
-    image: OpenImage, box: Box, size: tuple[int, int], interpolation: Interpolation, mode: DecodeMode, rough: bool
+    image: OpenImage, box: Box, size: tuple[int, int], interpolation: Interpolation, mode: DecodeMode
 ) -> UInt8[Tensor, "c H W"]:
     """A part of the shown picture, resized to `size`. It is turned last, when there is least to turn."""
     orientation = image.orientation
@@ -189,7 +189,7 @@ def _decode_part(
         # torchvision resizes along the shown width first; in a picture that lies on its side, that is the stored height.
         rows_first = orientation >= 5
     else:
-        pixels, reduction = image.decode(_MARGIN * max(size[0] / height, size[1] / width), top + height, rough)
+        pixels, reduction = image.decode(_MARGIN * max(size[0] / height, size[1] / width), top + height)
         rows_first = size[0] < height
     if reduction == 1:
         resized = _resize(_cut(pixels, top, left, height, width), size, interpolation, rows_first)
