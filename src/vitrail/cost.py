@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
+import sys
 import tempfile
 import time
 import weakref
@@ -252,6 +254,11 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done what it was given; returns at once on a CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def resident_peak() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def processor() -> str:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
+from tests.data.videos import frames, write_video
 
 from vitrail.checkpoints import FORMATS, load_model, save_model
 from vitrail.cli import main
 from vitrail.cli.convert import Arguments as Convert
 from vitrail.config import ModelCard, Preprocess
 from vitrail.data import eval_batches
+from vitrail.data.video import Video
 from vitrail.evaluation import classify
 from vitrail.models import MODELS, create_model
 
@@ -55,6 +57,31 @@ def test_predict_without_any_answer_fails(checkpoint: Path, tmp_path: Path, caps
     assert "1 could not be read" in capsys.readouterr().err
     assert main(["predict", str(checkpoint)]) == 2
     assert "name at least one picture" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def clip_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of clips with random weights that knows its classes."""
+    model = create_model("vivit_micro", num_classes=3)
+    card = ModelCard(classes=CLASSES, preprocess=Preprocess(image_size=(16, 16), frames=4, interpolation="bilinear"))
+    return save_model(model, tmp_path_factory.mktemp("clips") / "m", card=card).parent
+
+
+def test_predict_draws_what_it_answers(clip_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Windows as long as a clip unless asked otherwise; how much memory it took is said."""
+    write_video(tmp_path / "a.mp4", frames(20, (24, 32)))
+    words = ["predict", str(tmp_path / "a.mp4"), "--model", str(clip_checkpoint), "--draw", str(tmp_path / "drawn.mp4")]
+    assert main([*words, "--format", "jsonl"]) == 0
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    assert [(line["start"], line["end"]) for line in lines] == [pytest.approx((at * 0.16, (at + 1) * 0.16)) for at in range(5)]
+    assert "5 windows in" in printed.err
+    assert "peak memory" in printed.err
+    with Video(str(tmp_path / "drawn.mp4")) as drawn:
+        assert len(drawn.times) == 20
+    write_video(tmp_path / "b.mp4", frames(5, (24, 32)))
+    assert main(["predict", str(clip_checkpoint), str(tmp_path), "--draw", str(tmp_path / "drawn.mp4")]) == 2
+    assert "name a folder" in capsys.readouterr().err
 
 
 def test_eval_prints_intervals_and_json(

@@ -16,8 +16,9 @@ from tests.data.videos import frames, write_video
 
 from vitrail.config import ConfigError, ModelCard, Preprocess
 from vitrail.data import video as video_module
-from vitrail.data.clips import clips_for_eval, window_starts, windows_for_eval
+from vitrail.data.clips import clips_for_eval
 from vitrail.data.footage import Footage
+from vitrail.data.windows import window_starts, windows_for_eval
 from vitrail.inference import Predictor, write_predictions
 
 PREPROCESS = Preprocess(image_size=(16, 16), frames=4, stride=2, interpolation="bilinear")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +65,7 @@ def measure(arguments: Arguments) -> dict[str, dict[str, Any]]:
 
     device = cost.pick_device(arguments.device)
     precision = cost.pick_precision(arguments.precision, device)
-    before = resident_peak()
+    before = cost.resident_peak()
     model = open_model(arguments).to(device)
     flops, peak = cost.count_flops(model), cost.matmul_peak(device, precision)
     shape, word = model.input_shape, "clip" if model.takes_clips else "picture"
@@ -165,16 +163,13 @@ def timed(work: Callable[[], None], seconds: float, least: int = MIN_RUNS) -> li
     return times
 
 
-def resident_peak() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def memory(device: torch.device, before: int) -> str:
     """Peak memory: the allocator's on CUDA, elsewhere the growth of the process since before the model was built."""
     import torch
 
-    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_peak() - before
+    from vitrail import cost
+
+    used = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else cost.resident_peak() - before
     return f"{used / 2**20:,.0f} MiB"
 
 

@@ -6,9 +6,7 @@ What is drawn at random comes from the sample's own generator; nothing here has 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -104,7 +102,7 @@ def clip_for_train(
 
         def cut(pixels: np.ndarray) -> Tensor:
             if box is None:
-                return frame_picture(resize_picture(_tensor(pixels), preprocess), preprocess)
+                return frame_picture(resized(pixels, preprocess), preprocess)
             return decode_box(ArrayImage(pixels, preprocess.channels), box, preprocess, "exact")
 
         shown = {number: cut(pixels) for number, pixels in opened.frames(numbers)}
@@ -119,40 +117,16 @@ def clips_for_eval(
     Every frame is decoded once, however many views show it. Raises VideoError or ImageError with the reason.
     """
     with open_footage(footage, channels=preprocess.channels, max_pixels=max_pixels, threads=threads) as opened:
-        return _views(opened, footage, preprocess, {})
+        return stretch_views(opened, footage, preprocess, {})
 
 
-class Window(NamedTuple):
-    """A stretch of a video, in seconds, and its views, uint8 (v, c, t, h, w)."""
+def stretch_views(
+    opened: Frames, footage: Footage, preprocess: Preprocess, shown: dict[int, Tensor]
+) -> UInt8[Tensor, "v c t H W"]:
+    """Views of a stretch of what is open. shown: resized frames by number, of earlier stretches those that are used again.
 
-    start: float
-    end: float
-    views: Tensor
-
-
-def windows_for_eval(
-    footage: Footage, preprocess: Preprocess, window: float, every: float, max_pixels: int = MAX_PIXELS, threads: int = 0
-) -> Iterator[Window]:
-    """Windows of `window` seconds, one every `every` seconds, the last one at the end of the video.
-
-    The video streams through: only the frames of one window are held. Raises VideoError or ImageError with the reason.
+    Raises VideoError where no frame lies in the stretch.
     """
-    with open_footage(footage, channels=preprocess.channels, max_pixels=max_pixels, threads=threads) as opened:
-        shown: dict[int, Tensor] = {}
-        for start in window_starts(opened.end, window, every):
-            end = min(start + window, opened.end)
-            yield Window(start, end, _views(opened, footage._replace(start=start, end=end), preprocess, shown))
-
-
-def window_starts(length: float, window: float, every: float) -> list[float]:
-    """Where windows over a video begin: at multiples of `every`, and one that ends with the video."""
-    last = max(length - window, 0.0)
-    starts = [step * every for step in range(int(last / every + 1e-9) + 1)]
-    return starts if last - starts[-1] < 1e-6 * every else [*starts, last]
-
-
-def _views(opened: Frames, footage: Footage, preprocess: Preprocess, shown: dict[int, Tensor]) -> UInt8[Tensor, "v c t H W"]:
-    """Views of a stretch. shown: resized frames by number, those of earlier stretches as far as they are used again."""
     first, times, end = _stretch(opened, footage)
     chosen = [
         first + clip_frames(times, end, preprocess, speed=footage.speed, clip=clip, clips=preprocess.clips)
@@ -162,8 +136,8 @@ def _views(opened: Frames, footage: Footage, preprocess: Preprocess, shown: dict
     for number in set(shown) - set(wanted):
         if number < wanted[0]:
             del shown[number]
-    for number, pixels in opened.frames([number for number in wanted if number not in shown]):
-        shown[number] = resize_picture(_tensor(pixels), preprocess)
+    if missing := [number for number in wanted if number not in shown]:
+        shown.update((number, resized(pixels, preprocess)) for number, pixels in opened.frames(missing))
     places = [0.5] if preprocess.crops == 1 else np.linspace(0, 1, preprocess.crops).tolist()
     views = []
     for numbers in chosen:
@@ -181,6 +155,11 @@ def _stretch(opened: Frames, footage: Footage) -> tuple[int, Float64[np.ndarray,
         until = "the end" if footage.end is None else f"{footage.end:.3f} s"
         raise VideoError(f"no frame from {footage.start:.3f} s to {until}: the video is {opened.end:.3f} s long")
     return first, opened.times[first:last], end
+
+
+def resized(pixels: np.ndarray, preprocess: Preprocess) -> UInt8[Tensor, "c H W"]:
+    """A frame (h, w, c) at the size it is cut from."""
+    return resize_picture(_tensor(pixels), preprocess)
 
 
 def _tensor(pixels: np.ndarray) -> UInt8[Tensor, "c h w"]:

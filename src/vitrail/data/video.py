@@ -31,8 +31,8 @@ VIDEO_SUFFIXES = frozenset({
     ".3gp", ".3g2", ".mxf", ".vob",
 })  # fmt: skip
 # Containers of one file. A playlist, which could name other files or addresses, is no video here whatever it is called.
-_CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,ivf,h264,hevc,m4v,mpegvideo"
-_OPEN_OPTIONS = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,ivf,h264,hevc,m4v,mpegvideo"
+_OPEN_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
 _INDICES_KEPT = 4096  # files whose index a process remembers
 # VP8 hides reference frames in packets of their own, with timestamps: what is shown is known after decoding only.
 _HIDES_FRAMES = frozenset({"vp8"})
@@ -221,7 +221,7 @@ class Video(Frames):
         return None
 
     def _decode(self) -> Iterator[Any]:
-        return _decoded_frames(self._container, self._stream)
+        return decoded_frames(self._container, self._stream)
 
     def _pixels(self, frame: Any) -> Pixels:
         height, width = self.size if self.index.turns % 2 == 0 else self.size[::-1]
@@ -232,19 +232,24 @@ class Video(Frames):
 
 
 def _open(data: VideoData) -> tuple[Any, Any]:
-    """A container and its first video stream that is no cover picture."""
+    """A container and its video stream."""
     av = load_av()
     try:
         # An absolute path: `a:b.mp4` would be taken for a protocol.
         container = av.open(io.BytesIO(data) if isinstance(data, bytes) else os.path.abspath(data), options=dict(_OPEN_OPTIONS))
     except (av.error.FFmpegError, OSError, ValueError) as problem:
         raise VideoError(_reason(data, problem)) from None
-    cover = av.stream.Disposition.attached_pic
+    return container, first_stream(container)
+
+
+def first_stream(container: Any) -> Any:
+    """Its first video stream that is no cover picture. Raises VideoError, the container closed, where there is none."""
+    cover = load_av().stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         container.close()
         raise VideoError("holds no video stream")
-    return container, streams[0]
+    return streams[0]
 
 
 def _reason(data: VideoData, problem: Exception) -> str:
@@ -255,8 +260,11 @@ def _reason(data: VideoData, problem: Exception) -> str:
     return f"not a readable video: {text}"
 
 
-def _decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames as they come; packets that cannot be decoded are passed over, and a file that breaks off ends there."""
+def decoded_frames(container: Any, stream: Any, problems: list[str] | None = None) -> Iterator[Any]:
+    """Frames as they come; packets that cannot be decoded are passed over, and a file that breaks off ends there.
+
+    problems: receives the reason where reading breaks off.
+    """
     broken = load_av().error.FFmpegError
     try:
         for packet in container.demux(stream):
@@ -265,7 +273,9 @@ def _decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
             except (broken, EOFError):
                 continue
             yield from frames
-    except broken:
+    except broken as problem:
+        if problems is not None:
+            problems.append(problem.strerror or str(problem))
         try:
             yield from stream.codec_context.decode(None)
         except (broken, EOFError):
@@ -307,4 +317,4 @@ def _scan_packets(container: Any, stream: Any) -> tuple[Any, list[int], list[int
 def _scan_frames(data: VideoData) -> list[int]:
     container, stream = _open(data)
     with container:
-        return sorted({frame.pts for frame in _decoded_frames(container, stream) if frame.pts is not None})
+        return sorted({frame.pts for frame in decoded_frames(container, stream) if frame.pts is not None})

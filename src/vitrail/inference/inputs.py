@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitrail.data.footage import Footage, as_footage
 from vitrail.data.listing import PICTURE_SUFFIXES, is_picture_name
+from vitrail.data.live import Stream, is_stream
 from vitrail.data.stores import Picture, as_picture
 from vitrail.data.video import VIDEO_SUFFIXES, is_video_name
 
@@ -39,7 +40,7 @@ class Asked(NamedTuple):
     """One picture or video to answer: its name, and what to decode or why there is nothing."""
 
     name: str
-    picture: Picture | Footage | None
+    picture: Picture | Footage | Stream | None
     error: str = ""
 
 
@@ -47,8 +48,8 @@ def expand(inputs: Input | Iterable[Input], videos: bool = False) -> Iterator[As
     """Every picture (or video) that `inputs` stand for, in order, found while it is asked for.
 
     A folder stands for the pictures in it and below, a pattern for the pictures it matches, both sorted by name; "-" for
-    the paths on stdin, one a line. Pictures in memory are called #0, #1, ... by their place. A path that leads to nothing
-    is answered with an error in its place.
+    the paths on stdin, one a line; an address or a pipe for a stream. Pictures in memory are called #0, #1, ... by their
+    place. A path that leads to nothing is answered with an error in its place.
     """
     for asked in _expand(inputs, VIDEOS if videos else PICTURES):
         path = asked.picture
@@ -76,6 +77,9 @@ def _paths(text: str, kind: Kind) -> Iterator[Asked]:
         for line in sys.stdin:
             if line.rstrip("\r\n"):
                 yield from _paths(line.rstrip("\r\n"), kind)
+    elif is_stream(text):
+        stream = Stream(text) if kind is VIDEOS else None
+        yield Asked(text, stream, "" if stream else "a stream is a video; this model takes pictures")
     elif os.path.isdir(text):
         yield from _found(_walk(text, kind), text, f"a folder without {kind.noun}s (files ending in {_endings(kind)})")
     elif glob.has_magic(text) and not os.path.lexists(text):

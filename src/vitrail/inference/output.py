@@ -50,13 +50,17 @@ def write_predictions(predictions: Iterable[Prediction], format: str, file: Writ
 
 
 def _line(prediction: Prediction) -> str:
-    path = _printable(prediction.path)
+    path = printable(prediction.path)
     if prediction.error:
-        return f"{'–':>11}  {'(no answer)':<24}  {path}: {_printable(prediction.error)}"
+        return f"{'–':>11}  {'(no answer)':<24}  {path}: {printable(prediction.error)}"
     if prediction.start is not None:
         path += f"  {prediction.start:.2f} to {prediction.end:.2f} s"
-    label = ", ".join(prediction.labels) or f"(none; nearest {prediction.label})"
-    return f"{100 * prediction.probability:>9.1f} %  {_printable(label):<24}  {path}"
+    return f"{100 * prediction.probability:>9.1f} %  {printable(answer_text(prediction)):<24}  {path}"
+
+
+def answer_text(prediction: Prediction) -> str:
+    """The labels that are given, or that there is none."""
+    return ", ".join(prediction.labels) or f"(none; nearest {prediction.label})"
 
 
 def _json(prediction: Prediction) -> str:
@@ -75,7 +79,7 @@ def _cells(prediction: Prediction) -> list[str]:
     return [cell if _encodable(cell) else cell.encode("utf-8", "backslashreplace").decode() for cell in cells]
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """The text without anything that could move a terminal's cursor or break the line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,12 @@ from torch import Tensor
 from vitrail.checkpoints import load_model
 from vitrail.config import ConfigError, Preprocess
 from vitrail.cost import pick_device, pick_precision
-from vitrail.data.clips import Window, average_views, clips_for_eval, view_count, windows_for_eval, with_views
+from vitrail.data.clips import average_views, clips_for_eval, view_count, with_views
 from vitrail.data.footage import Footage
 from vitrail.data.images import MAX_PIXELS, DecodeMode
+from vitrail.data.live import Stream
 from vitrail.data.transforms import decode_for_eval
+from vitrail.data.windows import Window, windows_for_eval, windows_of_stream
 from vitrail.inference.engines import Engine
 from vitrail.inference.inputs import Asked, Input, expand
 from vitrail.models import Model
@@ -59,8 +61,9 @@ class Predictor:
 
     Videos, for a model that takes clips: paths, folders, patterns, "-", whole files as bytes, uint8 arrays (t, h, w, c) and
     tensors (c, t, h, w). How clips are cut comes with the model; `clips` x `crops` views are averaged. With a `window` in
-    seconds a video gets one answer for every such stretch, one `every` so many seconds (default: one after the other); it
-    streams through, however long it is.
+    seconds, or "clip" for the length of one clip, a video gets one answer for every such stretch, one `every` so many
+    seconds (default: one after the other); it streams through, however long it is. Only so can a stream be asked (an
+    address such as rtsp://..., or a pipe): each window is answered when its last frame has come, until the stream stops.
     Raises ValueError for a model that does not fit its own card, and for settings that do not exist.
     """
 
@@ -77,14 +80,15 @@ class Predictor:
         max_pixels: int = MAX_PIXELS,
         clips: int | None = None,
         crops: int | None = None,
-        window: float = 0.0,
+        window: float | Literal["clip"] = 0.0,
         every: float = 0.0,
     ):
         for name, value, allowed in (("decode", decode, ("exact", "scaled")), ("errors", errors, ("keep", "raise"))):
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        if min(window, every) < 0 or (every and not window):
-            raise ConfigError(f"window and every are seconds, every needs a window; got {window:g} and {every:g}")
+        seconds = None if window == "clip" else float(window)
+        if min(seconds or 0, every) < 0 or (every and seconds == 0):
+            raise ConfigError(f"window and every are seconds, every needs a window; got {window} and {every:g}")
         if batch_size < 1 or top < 1:
             raise ConfigError(f"batch_size and top must be at least 1, got {batch_size} and {top}")
         model = model if isinstance(model, Model) else load_model(model)
@@ -99,8 +103,8 @@ class Predictor:
             frames=model.input_shape[1] if model.takes_clips else 0,
         )
         self.preprocess: Preprocess = with_views(preprocess, clips, crops)
-        self.views, self.window, self.every = view_count(self.preprocess), window, every or window
-        if window and not self.preprocess.frames:
+        self.views, self.window, self.every = view_count(self.preprocess), seconds, every
+        if seconds != 0 and not self.preprocess.frames:
             raise ConfigError("a window is a part of a video; this model takes pictures")
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
@@ -116,7 +120,7 @@ class Predictor:
 
     def stream(self, inputs: Input | Iterable[Input]) -> Iterator[Prediction]:
         """Predictions one after the other, in order, in memory that does not grow with their number."""
-        if self.window:
+        if self.window != 0:
             yield from self._windows(inputs)
             return
         for batch in self._batches(inputs):
@@ -154,13 +158,12 @@ class Predictor:
                 waiting.clear()
 
         for item in expand(inputs, videos=True):
-            reason = item.error
+            reason, live = item.error, isinstance(item.picture, Stream)
             try:
-                if isinstance(item.picture, Footage):
-                    for part in windows_for_eval(item.picture, self.preprocess, self.window, self.every, self.max_pixels):
-                        waiting.append((item.name, part))
-                        if len(waiting) * self.views >= self.batch_size:
-                            yield from answered()
+                for part in self._parts(item):
+                    waiting.append((item.name, part))
+                    if live or len(waiting) * self.views >= self.batch_size:
+                        yield from answered()
             except (OSError, ValueError) as problem:
                 reason = str(problem)
             yield from answered()
@@ -168,6 +171,13 @@ class Predictor:
                 raise ValueError(f"{item.name}: {reason}")
             if reason:
                 yield Prediction(item.name, error=reason)
+
+    def _parts(self, item: Asked) -> Iterator[Window]:
+        if isinstance(item.picture, Stream):
+            return windows_of_stream(item.picture, self.preprocess, self.window, self.every, self.max_pixels)
+        if isinstance(item.picture, Footage):
+            return windows_for_eval(item.picture, self.preprocess, self.window, self.every, self.max_pixels)
+        return iter(())
 
     def _answers(self, scores: Float[Tensor, "b k"]) -> Iterator[Prediction]:
         probabilities = scores.sigmoid() if self.multi_label else scores.softmax(1)
@@ -199,6 +209,8 @@ class Predictor:
         reason = item.error
         if item.picture is not None:
             try:
+                if isinstance(item.picture, Stream):
+                    raise ValueError('a stream is answered in windows: give window seconds, or "clip"')
                 if isinstance(item.picture, Footage):
                     return clips_for_eval(item.picture, self.preprocess, self.max_pixels)
                 return decode_for_eval(item.picture, self.preprocess, mode=self.decode, max_pixels=self.max_pixels)
