@@ -109,7 +109,7 @@ def translate(model: Model, project: str, tensors: dict[str, Tensor]) -> dict[st
 def _timm(name: str, model: Model, **settings: Any) -> Side:
     import timm
 
-    peer = timm.create_model(name, **settings)
+    peer = timm.create_model(name, num_classes=model.config.num_classes, **settings)
     peer.load_state_dict(translate(model, "timm", model.state_dict()))
     return Side("timm", peer, peer)
 
