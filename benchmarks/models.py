@@ -1,7 +1,8 @@
 """Models side by side with peers (timm, torchvision, ...): `python -m benchmarks.models [--only vit_tiny] [--list]`.
 
 A cell is (model, task, precision, mode). Both sides carry the same weights, read through our own checkpoint tables, and use
-the same threads, batch, memory format, autocast, loss, optimiser class and flags. Before timing, logits (and gradients, when
+the same threads, batch, memory format, autocast, loss, optimiser class and flags; for inference ours is folded as our
+predictor folds it (batch normalisation into convolutions), which no peer does by itself. Before timing, logits (and gradients, when
 training) are compared with float64: the row is void unless our error is at most 1.5 times the peer's. Then steps of both
 sides alternate; what is reported is the median of the pairwise ratios peer / ours with its 95 % bootstrap interval (above 1:
 ours is faster), against each peer. A cell passes when the upper end of the interval against the fastest peer is at least 1.
@@ -29,6 +30,7 @@ from benchmarks.results import bootstrap_interval, machine, merge
 from vitrail.checkpoints.mapping import write
 from vitrail.checkpoints.store import SOURCES, load_model
 from vitrail.cost import count_flops, matmul_peak, memory_format
+from vitrail.inference.engines import fold_batchnorm
 from vitrail.models import Model, create_model
 
 BATCH = {"vit_tiny_patch16_224": 16, "vit_small_patch16_224": 8, "vit_base_patch16_224": 4, "resnet50": 8,
@@ -409,6 +411,9 @@ def run_cell(name: str, task: str, precision: str, mode: str, pairs: int, device
     initial = create_model(name, **SETTINGS.get(name, {}))
     initial.load_state_dict(mine.model.state_dict())
     mine.model.to(device)
+    if task == "infer":  # what `Predictor` and `vitrail predict` run
+        folded = fold_batchnorm(mine.model)
+        mine = Side(mine.name, folded, folded)
     flat = flat_gradient(initial)
     error = errors(mine, task, precision, x, y, exact, flat)
     step = make_step(mine, task, precision, mode, x, y)
