@@ -2,10 +2,11 @@
 
 A cell is (model, task, precision, mode). Both sides carry the same weights, read through our own checkpoint tables, and use
 the same threads, batch, memory format, autocast, loss, optimiser class and flags; for inference ours is folded as our
-predictor folds it (batch normalisation into convolutions), which no peer does by itself. Before timing, logits (and gradients, when
-training) are compared with float64: the row is void unless our error is at most 1.5 times the peer's. Then steps of both
-sides alternate; what is reported is the median of the pairwise ratios peer / ours with its 95 % bootstrap interval (above 1:
-ours is faster), against each peer. A cell passes when the upper end of the interval against the fastest peer is at least 1.
+predictor folds it (batch normalisation into convolutions), which no peer does by itself. Before timing, logits (and
+gradients, when training) are compared with float64: the row is void unless our error is at most 1.5 times the peer's. Then
+steps of both sides alternate; what is reported is the median of the pairwise ratios peer / ours with its 95 % bootstrap
+interval (above 1: ours is faster), against each peer. A cell passes when the upper end of the interval against the fastest
+peer is at least 1.
 """
 
 from __future__ import annotations
