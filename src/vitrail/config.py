@@ -40,6 +40,7 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "ScheduleConfig",
+    "TransferConfig",
     "convert",
     "dump",
     "flat",
@@ -194,6 +195,17 @@ class DistillationConfig:
 
 
 @dataclass(frozen=True)
+class TransferConfig:
+    """What of the weights that training starts from is trained, and from which head."""
+
+    freeze: str = ""  # backbone: all but the head; a number: the stem and so many blocks
+    head: Literal["zero", "probe"] = "zero"  # a new head: zeros, or solved on the frozen features before the first step
+    lora_rank: int = 0  # of a low-rank adaptation, which is trained instead of the weights; 0 = off
+    lora_alpha: float = 0.0  # its strength: alpha / rank times the product; 0 = twice the rank
+    lora_place: Literal["attention", "all"] = "attention"  # linear layers beside attention, or all but the head's
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimiser and its regularisation."""
 
@@ -223,6 +235,8 @@ class ScheduleConfig:
     min_lr: float = 0.0  # last learning rate as a fraction of the peak
     milestones: tuple[float, ...] = (0.3, 0.6, 0.9)  # of schedule step, as fractions of the run
     step_factor: float = 0.1  # of schedule step: the learning rate is multiplied by this at each milestone
+    progressive: tuple[int, ...] = ()  # shorter sides in pixels that training begins at, one after the other: 32,48
+    progressive_share: float = 0.6  # of the steps that these smaller sizes take, in equal parts
     patience: int = 0  # evaluations without improvement before stopping early, 0 = off
 
 
@@ -245,6 +259,8 @@ class RunConfig:
     compile: bool = False  # with torch.compile; on the CPU it needs a C++ compiler
     checkpointing: bool = False  # recompute activations in the backward pass
     eval_every: float = 1.0  # epochs between evaluations on the validation split
+    probe_shots: tuple[int, ...] = ()  # training samples per class of few-shot probes while training: 5,10; none by default
+    probe_every: float = 1.0  # epochs between probes
     save_every_steps: int = 0  # steps between checkpoints, 0 = by time only
     save_every_minutes: float = 5.0  # minutes between checkpoints
     keep_last: int = 2  # checkpoints kept besides the best
@@ -256,5 +272,6 @@ class RunConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

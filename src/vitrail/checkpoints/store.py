@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitrail import config as settings
 from vitrail.config import ModelCard, Preprocess
+from vitrail.layers.lora import merged_state
 from vitrail.models import FAMILIES, MODELS, Model, create_model, family_of, override
 from vitrail.models.vit import ViT
 
@@ -151,13 +152,14 @@ def save_model(model: Model, path: str | Path, format: str = "vitrail", card: Mo
 
     format: vitrail, timm, transformers, torchvision, google, microsoft, dinov2, pytorchvideo, pyslowfast, scenic or
     timesformer, where that project has the family; its own loader then reads the folder strictly and gives the same logits.
-    Labels and preprocessing (`card`, by default the model's) travel along. Raises ValueError for an unknown format and
+    Labels and preprocessing (`card`, by default the model's) travel along, and
+    low-rank adaptations are merged. Raises ValueError for an unknown format and
     CheckpointError for a model that the project's architecture cannot hold.
     """
     path, card = Path(path), card or model.card or ModelCard()
     if format not in FORMATS:
         raise settings.unknown("format", format, FORMATS)
-    state = {key: value.detach() for key, value in model.state_dict().items()}
+    state = {key: value.detach() for key, value in merged_state(model).items()}
     if format == "vitrail":
         return _save_ours(model, state, path, card)
     sources = [s for s in SOURCES if s.name == format and s.family == model.family]

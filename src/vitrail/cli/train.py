@@ -27,6 +27,7 @@ vitrail train digits --recipe digits                                  the embedd
 vitrail train photos/ --preset auto --time-budget 10                  settings chosen from the data, ten minutes
 vitrail train photos/ --model resnet18 --image-size 128 --epochs 30
 vitrail train photos/ --model vit_tiny_patch16_224 --pretrained       from published weights
+vitrail train photos/ --from runs/other --image-size 384 --layer-decay 0.75    larger pictures, positions resized
 vitrail train table.csv --image-column file --label-column species --multi-label
 vitrail train photos/ --set depth=6 position.kind=sincos              the model family's own settings
 vitrail train photos/ --config settings.yaml --lr 3e-4                a file, one value changed
@@ -42,6 +43,8 @@ class Arguments(RunConfig):
     """A folder of class folders, a table, tar shards, an Arrow data set, or an embedded set: digits, emoji, motion."""
     recipe: str = ""  # start from the settings of a measured recipe, such as digits
     config: str = ""  # start from the settings in a YAML or JSON file, such as a run's config.yaml
+    init_from: Annotated[str, tyro.conf.arg(aliases=["--from"])] = ""
+    """Run folder, checkpoint, hub id or URL to start from; by default random weights."""
     resume: str = ""  # go on with the run in this directory; its own settings hold
     overrides: Annotated[Mapping[str, Any], tyro.conf.arg(name="set")] = field(default_factory=dict)
     """Settings of the model family, shown by `vitrail models NAME`."""
@@ -88,6 +91,7 @@ def explicit(words: Sequence[str], arguments: Arguments, base: RunConfig) -> dic
     """The settings that were given as flags, also those given their default: a preset leaves them alone."""
     values = flat(arguments)
     flags = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    flags |= {"init_from"} if "from" in flags else set()
     given = {name: value for name, value in values.items() if {name, f"no_{name}"} & flags and name in flat(base)}
     if arguments.data != base.data:
         given["data"] = arguments.data

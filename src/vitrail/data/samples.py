@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -112,6 +113,12 @@ class ImageDataset:
     def key(self, index: int) -> bytes:
         """16 bytes that depend on the content only."""
         return self.store.key(int(self.rows[index]))
+
+    def subset(self, places: np.ndarray) -> ImageDataset:
+        """The samples at some places, in that order."""
+        part = copy.copy(self)
+        part.rows, part.targets, part.pixels, part._sizes = self.rows[places], self.targets[places], {}, {}
+        return part
 
     def identity(self) -> str:
         """32 hexadecimal digits that change with the samples, their parts or their order, not with names or labels.

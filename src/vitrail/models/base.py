@@ -31,6 +31,14 @@ class Model(nn.Module, ABC):
         self.name = ""
         self.card: Any = None
         self.checkpointing = False
+        self.frozen: tuple[str, ...] = ()  # submodules that stay in eval mode while the model trains
+
+    def train(self, mode: bool = True) -> Model:  # type: ignore[override]
+        """As for every module, but what is frozen stays in eval mode."""
+        super().train(mode)
+        for name in self.frozen:
+            self.get_submodule(name).eval()
+        return self
 
     @abstractmethod
     def features(self, x: Tensor) -> Features:

@@ -12,6 +12,7 @@ from vitrail.data.mixing import mix_batch
 from vitrail.data.transforms import Normalise
 
 from .distillation import Taught
+from .progressive import Size, shrink
 from .teacher import Teacher
 
 
@@ -38,11 +39,18 @@ class Inputs(nn.Module):
         self.normalise = Normalise(preprocess)
 
     @torch.no_grad()
-    def forward(self, batch: Batch, device: torch.device, draw: int) -> tuple[Tensor, Tensor | Taught]:
-        """Augmentation is drawn per sample from its key and the seed; what is mixed with what from the number `draw`."""
+    def forward(
+        self, batch: Batch, device: torch.device, draw: int, size: Size | None = None
+    ) -> tuple[Tensor, Tensor | Taught]:
+        """Augmentation is drawn per sample from its key and the seed; what is mixed with what from the number `draw`.
+
+        size: smaller height and width of what the model sees.
+        """
         images = batch.images.to(device, non_blocking=True)
         targets = batch.targets.to(device, non_blocking=True)
         images = self.normalise(self.augment(images, batch.keys, self.seed))
+        if size is not None:
+            images = shrink(images, size)
         if self.config.mixup or self.config.cutmix:
             soft = nn.functional.one_hot(targets, self.classes).float() if targets.ndim == 1 else targets
             images, targets = mix_batch(images, soft, self.config, torch.Generator(device).manual_seed(draw))

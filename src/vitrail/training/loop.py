@@ -19,6 +19,7 @@ from vitrail.checkpoints.io import write_text
 from vitrail.config import ConfigError, RunConfig, dump
 from vitrail.data import Batch
 from vitrail.evaluation.metrics import Report
+from vitrail.layers.lora import merge_lora
 from vitrail.models import Model
 
 from . import schedule
@@ -148,6 +149,9 @@ def _fit(job: Job, plan: Plan, stream: Iterator[Batch], log: Log, session: Sessi
         if job.evaluators and due and p.step > p.evaluated:
             with clock.measure("evaluating"):
                 stopping |= not _evaluate(job, log, session)
+        if job.probe is not None and (p.step == p.total or p.step % job.probe_steps == 0) and p.step > p.probed:
+            with clock.measure("evaluating"):
+                stopping |= not _probe(job, job.probe, log, session)
         ended = p.step >= p.total or 0 < config.schedule.patience <= p.stale
         if ended or stopping or _save_is_due(job, clock):
             with clock.measure("saving"):
@@ -202,7 +206,8 @@ def _record(job: Job, plan: Plan, meter: Meter, log: Log) -> None:
     p = job.state.progress
     log.record(
         "train", p.step, epoch=job.epoch, lr=max(group["lr"] for group in job.state.optimizer.param_groups), **meter.means(),
-        images_per_second=meter.speed, data_wait=meter.waiting, mfu=plan.utilisation(meter.speed, job.ranks.world),
+        images_per_second=meter.speed, data_wait=meter.waiting,
+        mfu=plan.utilisation(meter.speed, job.ranks.world, job.progressive.cost(p.step - 1, p.total)),
         seconds=p.seconds,
     )  # fmt: skip
     meter.sums.clear()
@@ -231,6 +236,23 @@ def _evaluate(job: Job, log: Log, session: Session) -> bool:
     return True
 
 
+def _probe(job: Job, probe: Evaluator, log: Log, session: Session) -> bool:
+    """Few-shot probes of the features as they are by now; False when a signal came before they had answered."""
+    p = job.state.progress
+    try:
+        with session.interruption.at_once(job.ranks.world == 1):
+            values = dict(probe(job.state.averaged))
+    except Abandoned:
+        return False
+    finally:
+        job.state.model.train()
+    p.probed = p.step
+    log.record("probe", p.step, epoch=job.epoch, **values)
+    told = "  ".join(f"{name.partition('_')[2]} shots {value:.4f}" for name, value in values.items())
+    session.screen.say(f"epoch {job.epoch:g}  step {p.step:,}  few-shot probe: {told}")
+    return True
+
+
 def _save_is_due(job: Job, clock: Clock) -> bool:
     p, config = job.state.progress, job.config
     by_steps = config.save_every_steps > 0 and p.step > 0 and p.step % config.save_every_steps == 0
@@ -254,6 +276,7 @@ def _finish(job: Job, log: Log, screen: Screen) -> Run:
     if evaluator is not None:
         report = evaluator.report(model, precision="fp32", progress=f"evaluating {split}")
     metrics = job.ranks.agree(dict(report.metrics) if report else {})
+    merge_lora(model)
     model.card = card = dataclasses.replace(job.card, metrics=metrics)
     if job.ranks.main:
         save_model(model, job.path / FINAL, card=card)

@@ -99,7 +99,8 @@ def steps_within(job: Job, rehearsal: Rehearsal, seconds: float) -> int:
     every = job.evaluation_steps
     judged, final = (len(dataset or ()) / job.ranks.world for dataset in (job.data.val, job.data.test or job.data.val))
     left = seconds - final * rehearsal.picture
-    return max(math.floor(left / (rehearsal.step(job.config.accumulate) + judged * rehearsal.picture / every)), 1)
+    step = rehearsal.step(job.config.accumulate) * job.progressive.mean_cost
+    return max(math.floor(left / (step + judged * rehearsal.picture / every)), 1)
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,12 @@ class Plan:
     memory: Memory
     peak: float  # FLOP/s of matrix products on this device, in this precision
 
-    def utilisation(self, pictures_per_second: float, world: int = 1) -> float:
-        """Model FLOP utilisation: three forward passes' FLOPs a picture, against the measured peak of `world` devices."""
-        return 3 * self.flops * pictures_per_second / (self.peak * world)
+    def utilisation(self, pictures_per_second: float, world: int = 1, cost: float = 1.0) -> float:
+        """Model FLOP utilisation: three forward passes' FLOPs a picture, against the measured peak of `world` devices.
+
+        cost: of a picture at the size it is trained at, relative to one at the input size.
+        """
+        return 3 * cost * self.flops * pictures_per_second / (self.peak * world)
 
 
 def make_plan(job: Job) -> Plan:
@@ -135,6 +139,8 @@ def make_plan(job: Job) -> Plan:
     }  # fmt: skip
     if job.inputs.teacher is not None:
         rows["teacher"] = _describe_teacher(job, job.inputs.teacher)
+    if job.progressive.sizes:
+        rows["sizes"] = str(job.progressive)
     notes = [("note", note) for note in job.notes]
     return Plan(tuple(_row(name, text) for name, text in [*rows.items(), *notes]), flops, memory, peak)
 
@@ -144,7 +150,7 @@ def length_lines(job: Job, rehearsal: Rehearsal | None) -> tuple[str, ...]:
     total, epoch, every = job.state.progress.total, job.loader.steps_per_epoch, job.evaluation_steps
     lines = [_row("length", f"{total:,} steps, {total / epoch:.4g} epochs of {epoch:,}; evaluated every {every:,}")]
     if rehearsal is not None:
-        step = rehearsal.step(job.config.accumulate)
+        step = rehearsal.step(job.config.accumulate) * job.progressive.mean_cost
         judging = total / every * len(job.data.val or ()) / job.ranks.world * rehearsal.picture
         what = "clips" if job.state.model.takes_clips else "images"
         speed = f"{1000 * step:.3g} ms a step, {job.config.batch_size / step:,.0f} {what}/s"

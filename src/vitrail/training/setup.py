@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,13 +39,15 @@ from vitrail.models.deit import BothLogits, DeiT
 from . import schedule
 from .distillation import Distill
 from .distributed import Ranks
-from .evaluators import Evaluator, SplitEvaluator
+from .evaluators import Evaluator, FewShotEvaluator, SplitEvaluator
 from .inputs import Inputs
 from .objectives import Objective, build_objective, sampler_weights
 from .optim import build_ema, build_optimizer, scaled_lr
 from .preset import choose, side_in_names
+from .progressive import Progressive, plan_sizes
 from .state import MODEL, Progress, TrainState, newest_checkpoint
 from .teacher import Teacher, build_teacher, store_answers
+from .transfer import prepare_transfer
 
 CONFIG = "config.yaml"
 # What may differ when a run is resumed: none of these changes its result.
@@ -78,6 +80,8 @@ def resolve(config: RunConfig | None, data: Any, settings: Mapping[str, Any], re
     given = replace_flat(config or RunConfig(), named)
     if given.data and given.data not in EMBEDDED:
         given = dataclasses.replace(given, data=str(Path(given.data).expanduser().absolute()))
+    if given.init_from and Path(given.init_from).expanduser().exists():
+        given = dataclasses.replace(given, init_from=str(Path(given.init_from).expanduser().absolute()))
     if given.distillation.teacher and (teacher := Path(given.distillation.teacher).expanduser()).exists():
         given = replace_flat(given, {"teacher": str(teacher.absolute())})
     collection = None if isinstance(data, (str, Path)) else data
@@ -156,6 +160,8 @@ class Job:
     evaluators: Sequence[Evaluator]
     loader: TrainLoader
     notes: tuple[str, ...]
+    progressive: Progressive = field(default_factory=Progressive)
+    probe: Evaluator | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -176,6 +182,11 @@ class Job:
     def evaluation_steps(self) -> int:
         """Optimiser steps between evaluations."""
         return max(round(self.config.eval_every * self.loader.steps_per_epoch), 1)
+
+    @property
+    def probe_steps(self) -> int:
+        """Optimiser steps between few-shot probes."""
+        return max(round(self.config.probe_every * self.loader.steps_per_epoch), 1)
 
     @property
     def record_steps(self) -> int:
@@ -242,6 +253,8 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
             store_answers(teacher, loader, config.augment, config.distillation.teacher_cache, mode, ranks)
     elif objective is None and isinstance(model, DeiT):
         notes += (_leave_to_the_labels(model),)
+    source = start_weights(config)
+    notes += prepare_transfer(model, config, source, data, preprocess, ranks, resumed=request.resumed)
     state = TrainState(
         model=model,
         optimizer=build_optimizer(model, config.optim, ranks.device),
@@ -266,9 +279,13 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         evaluators=evaluators,
         loader=loader,
         notes=notes,
+        progressive=plan_sizes(model, config.schedule),
     )
-    if not evaluators and (validation := job.split_evaluator("val")) is not None:
+    validation = job.split_evaluator("val")
+    if not evaluators and validation is not None:
         job.evaluators = [validation]
+    if config.probe_shots:
+        job.probe = FewShotEvaluator(data.train, validation, config.probe_shots)
     return job
 
 

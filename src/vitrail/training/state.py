@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from vitrail.checkpoints import save_model
 from vitrail.checkpoints.io import read_json, read_state, write_folder, write_safetensors, write_text
 from vitrail.config import ConfigError, ModelCard, from_dict
+from vitrail.layers.lora import adapted
 from vitrail.models import Model
 
 from .optim import optimizer_tensors, restore_optimizer
@@ -56,6 +57,7 @@ class Progress:
     window: dict[str, float] = field(default_factory=dict)  # sums since the last line of the log
     data: str = ""  # fingerprint of the training samples
     teacher: str = ""  # identity of the teacher
+    probed: int = 0  # the step of the last few-shot probe
 
 
 @dataclass
@@ -90,6 +92,8 @@ def save_checkpoint(run: Path, state: TrainState, card: ModelCard, keep: int) ->
     if folder.exists():  # a resumed run that is already at its end
         return folder
     tensors = {f"optimizer/{name}": tensor for name, tensor in optimizer_tensors(state.optimizer).items()}
+    if any(adapted(state.model)):  # the model's own file holds them merged, which cannot be undone exactly
+        tensors |= {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()}
     if state.ema is not None:
         tensors |= {f"ema/{name}": tensor for name, tensor in state.ema.state_dict().items()}
 
@@ -126,7 +130,7 @@ def restore(checkpoint: Path, state: TrainState) -> None:
     weights, _ = read_state(checkpoint / MODEL)
     tensors, _ = read_state(checkpoint / TENSORS)
     try:
-        state.model.load_state_dict(weights)
+        state.model.load_state_dict(_under("model/", tensors) or weights)
         restore_optimizer(state.optimizer, _under("optimizer/", tensors))
         if state.ema is not None:
             state.ema.load_state_dict(_under("ema/", tensors))

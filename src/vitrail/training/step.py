@@ -19,6 +19,7 @@ from vitrail.data import Batch
 
 from .distributed import unsynchronised
 from .optim import gradient_norm
+from .progressive import Size
 from .state import reseed
 
 if TYPE_CHECKING:
@@ -41,15 +42,15 @@ class StepResult:
     stopping: bool  # some process was asked to stop
 
 
-def micro_step(job: Job, batch: Batch, number: int, *, last: bool = True) -> dict[str, Tensor]:
+def micro_step(job: Job, batch: Batch, number: int, *, last: bool = True, size: Size | None = None) -> dict[str, Tensor]:
     """Forward and backward of global micro-step `number`; gradients are added to those there are, processes meet at the last.
 
     Returns the objective's values as their share of the step's mean: all micro-batches are equally large, so shares add up
-    to the mean over the whole batch, and so do the gradients.
+    to the mean over the whole batch, and so do the gradients. size: smaller height and width to train at.
     """
     config, device = job.config, job.ranks.device
     draw = reseed(config.seed, number, job.ranks.rank)
-    images, targets = job.inputs(batch, device, draw)
+    images, targets = job.inputs(batch, device, draw, size)
     with unsynchronised(job.runner, not last):
         with autocast(device, config.precision):
             values = job.objective(job.runner, images, targets)
@@ -66,8 +67,9 @@ def optimiser_step(job: Job, batches: Sequence[Batch], first: int, stopping: boo
     state = job.state
     statistics = batch_statistics(state.model)
     sums: dict[str, Tensor] = {}
+    size = job.progressive.size(state.progress.step, state.progress.total)
     for i, batch in enumerate(batches):
-        values = micro_step(job, batch, first + i, last=i == len(batches) - 1)
+        values = micro_step(job, batch, first + i, last=i == len(batches) - 1, size=size)
         sums = {name: sums.get(name, 0) + value.float() for name, value in values.items()}
     state.scaler.unscale_(state.optimizer)
     norm = gradient_norm(job.parameters)
