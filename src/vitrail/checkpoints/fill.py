@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from vitrail.layers.embed import PatchEmbed, resize_patches
 from vitrail.layers.position import ClipPosition, RelativePosition, VideoPosition, resize_grid, resize_line
 from vitrail.models import Model, build
 
@@ -101,6 +102,10 @@ def _refit(model: Model, key: str, found: Tensor, wanted: Tensor, built: Any) ->
         return None if old is None else torch.cat(
             [found[:, :prefix], resize_grid(found[0, prefix:], old, module.grid, module.rule)[None]], 1
         )  # fmt: skip
+    if key.endswith("embed.proj.weight") and isinstance(model.get_submodule(".".join(part[:-2])), PatchEmbed):
+        found = resize_patches(found, (wanted.shape[2], wanted.shape[3]))
+        if found.shape == wanted.shape:
+            return found
     stems = ("embed.proj.weight", "embed.weight", "stem.conv.weight", "stem_space.conv.weight")
     if key.endswith(stems) and found.shape[2:] == wanted.shape[2:] and found.ndim >= 4:
         return _adapt_channels(found, wanted.shape[1])

@@ -79,7 +79,8 @@ def load_model(
 
     The naming (ours, timm, transformers, torchvision, pytorchvideo, the authors') and the configuration are found from
     the file. `overrides` are fields of the family's config and decide what shapes cannot tell (heads=..., key_strides=...,
-    built_size=(h, w)); a new image_size resizes the position tables, a new num_classes rebuilds the head with zeros.
+    built_size=(h, w)); a new image_size resizes the position tables, a new patch the patch embedding too, a new num_classes
+    rebuilds the head with zeros.
     preprocess: a `Preprocess`, a mapping of its fields, "imagenet" or "half" (mean and std), or the name of published
     weights; by default what the file, the configuration beside it or its name says. What happened is printed in a short table
     to stderr whenever it is more than a plain load, guesses are called guesses. Raises CheckpointError for files that cannot

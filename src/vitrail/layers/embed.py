@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -18,6 +20,25 @@ class PatchEmbed(nn.Module):
         """Tokens in row-major order and their grid (1, rows, columns)."""
         x = self.proj(x)
         return x.flatten(2).transpose(1, 2), (1, x.shape[2], x.shape[3])
+
+
+def resize_patches(weight: Float[Tensor, "d c h w"], size: tuple[int, int]) -> Float[Tensor, "d c H W"]:
+    """A patch embedding for patches of another size; the same size returns the weight itself (FlexiViT, arXiv 2212.08013).
+
+    Pseudo-inverse resizing (section 3.4): the weight whose products with enlarged patches are those of the old one with the
+    patches as they were, exactly where patches grow, in the least-squares sense where they shrink. Patches are resized
+    bilinearly without antialiasing, as by the authors, axis by axis.
+    """
+    old = (weight.shape[2], weight.shape[3])
+    if old == tuple(size):
+        return weight
+    back = [torch.linalg.pinv(_stretch(a, b)) for a, b in zip(old, size, strict=True)]  # old x new
+    return torch.einsum("dchw,hy,wx->dcyx", weight.double(), *back).to(weight.dtype).contiguous()
+
+
+def _stretch(old: int, new: int) -> Float[Tensor, "new old"]:
+    """Linear resampling of a line as a matrix."""
+    return F.interpolate(torch.eye(old, dtype=torch.float64)[None], new, mode="linear", align_corners=False)[0].T
 
 
 class TubeletEmbed(nn.Module):

@@ -26,6 +26,7 @@ class Entry(NamedTuple):
 STUDIES: dict[str, Entry] = {
     "breakeven": Entry("breakeven", "which family to use for this data, and when a plain ViT would overtake"),
     "families": Entry("families", "ViT, hybrid, Swin, CvT, distilled DeiT and ResNet at equal size and cost"),
+    "resolution": Entry("resolution", "what a trained model gives at other picture and patch sizes, and what that costs"),
     "pooling": Entry("pooling", "class token or mean of the patches, each with its own learning rate"),
 }
 
