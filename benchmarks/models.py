@@ -19,7 +19,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,13 @@ class Side:
     name: str
     model: nn.Module
     logits: Callable[[Tensor], Tensor]
+    layouts: dict[str, torch.memory_format] = field(default_factory=dict)  # by precision, where a peer is faster in another
+
+    def arrange(self, task: str, precision: str) -> torch.memory_format:
+        """Bring the weights into the layout of a task, which the input should have too."""
+        layout = self.layouts.get(precision, memory_format(self.model, task == "train", precision))
+        self.model.to(memory_format=layout)  # type: ignore[call-overload]
+        return layout
 
 
 def ours(name: str) -> Side:
@@ -164,7 +171,7 @@ def _pytorchvideo_x3d(model: Model) -> Side:
         dropout_rate=0.0, head_activation=None,
     )  # fmt: skip
     peer.load_state_dict(translate(model, "pytorchvideo", model.state_dict()))
-    return Side("pytorchvideo", peer, peer)
+    return Side("pytorchvideo", peer, peer, {"fp32": torch.channels_last_3d})  # five times as fast as contiguous
 
 
 def _pytorchvideo_slowfast(model: Model) -> Side:
@@ -252,9 +259,7 @@ def autocast(precision: str, device: str) -> torch.autocast:
 def make_step(side: Side, task: str, precision: str, mode: str, x: Tensor, y: Tensor) -> Callable[[], None]:
     """A step as a user would run it: logits under inference mode, or forward, backward and AdamW."""
     device = x.device.type
-    layout = memory_format(side.model, task == "train", precision)
-    side.model.to(memory_format=layout)  # type: ignore[call-overload]
-    x = x.contiguous(memory_format=layout)
+    x = x.contiguous(memory_format=side.arrange(task, precision))
     forward = torch.compile(side.logits, fullgraph=True) if mode == "compiled" else side.logits
     if task == "infer":
         side.model.eval()
@@ -281,7 +286,8 @@ def errors(
     side: Side, task: str, precision: str, x: Tensor, y: Tensor, exact: tuple[Tensor, Tensor | None], flat: Any
 ) -> float:
     """Largest relative error of logits, and of the gradient as a whole, against float64."""
-    side.model.train(task == "train").to(memory_format=memory_format(side.model, task == "train", precision))  # type: ignore[call-overload]
+    side.model.train(task == "train")
+    side.arrange(task, precision)
     side.model.zero_grad(set_to_none=True)
     with torch.set_grad_enabled(task == "train"), autocast(precision, x.device.type):
         logits = side.logits(x)

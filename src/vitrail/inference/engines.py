@@ -36,9 +36,9 @@ class Engine:
 
     def __init__(self, model: Model, preprocess: Preprocess, device: torch.device, precision: str):
         self.device, self.dtype = device, DTYPES[precision]
-        self.layout = memory_format(model)
         self.normalise = Normalise(preprocess).to(device)
         prepared = fold_batchnorm(model).requires_grad_(False).to(device, self.dtype)
+        self.layout = memory_format(prepared, precision=precision)
         self.model = prepared.to(memory_format=self.layout)
 
     @torch.no_grad()
