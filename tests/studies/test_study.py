@@ -83,7 +83,7 @@ def test_a_killed_study_goes_on_and_writes_its_page(trainer: Callable[[Score], F
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_explains_itself_without_torch(name: str, run_python: Callable[..., str]) -> None:
     code = "import sys, vitrail.cli; print(vitrail.cli.main(['study', *sys.argv[1:]]), 'torch' in sys.modules)"
-    page = run_python(code, name, "--help")
+    page = run_python(code, name, "--help", fresh=True)
     assert page.splitlines()[-1] == "0 False"
     assert f"vitrail study {name}" in page.split("\nExamples\n")[1]
 

@@ -28,6 +28,8 @@ STUDIES: dict[str, Entry] = {
     "families": Entry("families", "ViT, hybrid, Swin, CvT, distilled DeiT and ResNet at equal size and cost"),
     "resolution": Entry("resolution", "what a trained model gives at other picture and patch sizes, and what that costs"),
     "pooling": Entry("pooling", "class token or mean of the patches, each with its own learning rate"),
+    "positions": Entry("positions", "none, 1-D, 2-D and relative positions, at the stem or in every layer"),
+    "shapes": Entry("shapes", "depth, width or patch size: which to scale"),
 }
 
 _PUBLIC = {"Cell": "grid", "Grid": "grid", "run_grid": "grid", "run_study": "study"}

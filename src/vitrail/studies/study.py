@@ -35,7 +35,9 @@ class StudyConfig:
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs to train: every model with every variant (a name for changed settings) and every seed, each for `budget` FLOPs.
+    """Runs to train: every model with every variant (a name for changed settings) and every seed.
+
+    budget: FLOPs of each, by default the study's; 0 for runs whose settings say how long they are.
 
     models: names, or {name to show: settings with "model" among them}. folder: below the study's own, if it has several grids.
     """
@@ -43,7 +45,7 @@ class Runs:
     models: Sequence[str] | Mapping[str, Mapping[str, Any]]
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
-    budget: float = 0
+    budget: float | None = None
     folder: str = ""
     subsets: bool = False  # every seed trains on a subset of its own (`subset_seed`), nested from size to size
 
@@ -168,9 +170,10 @@ def train_runs(name: str, config: StudyConfig, plan: Sequence[Runs]) -> list[Row
     base = base_config(config)
     rows = []
     for runs in plan:
+        budget = config.budget if runs.budget is None else runs.budget
         grid = run_grid(
             directory(name, config) / runs.folder, data=[config.data], models=runs.models, seeds=config.seeds,
-            variants=runs.variants or None, base=base, budget_flops=runs.budget or config.budget, warmup=WARMUP,
+            variants=runs.variants or None, base=base, budget_flops=budget, warmup=WARMUP,
             subsets=runs.subsets, **runs.settings,
         )  # fmt: skip
         rows += [{**row, "folder": str(Path(runs.folder) / row["folder"])} for row in grid.rows]

@@ -1,0 +1,69 @@
+"""The papers' ablations: what they plan can be built, and what they conclude from known results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+from vitrail.config import ConfigError, replace_dotted
+from vitrail.models import MODELS, build
+from vitrail.studies import positions, shapes
+
+
+def rows(scores: Mapping[str, float], **columns: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Runs of three seeds by variant; every seed is half a point better than the one before."""
+    return [
+        {
+            "model": "vit", "variant": name, "seed": seed, "top1": score + 0.005 * seed + (0.001 if (seed + at) % 2 else 0),
+            "parameters": 1e6, **{column: values[name] for column, values in columns.items()},
+        }
+        for at, (name, score) in enumerate(scores.items()) for seed in range(3)
+    ]  # fmt: skip
+
+
+def built(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The models that variants ask for, on pictures of 32 pixels, without storage."""
+    with torch.device("meta"):
+        base = MODELS["vit_tiny_patch16_224"]
+        return {name: build(replace_dotted(base, {**changes, "image_size": (32, 32)})) for name, changes in variants.items()}
+
+
+def test_positions_name_what_is_better_than_none() -> None:
+    config = positions.Config(data="d", image_size=(32, 32))
+    names = positions.variants(config)
+    assert list(names) == [
+        "none", "1d stem", "1d layers", "1d shared", "2d stem", "2d layers", "2d shared", "relative layers", "relative shared",
+    ]  # fmt: skip
+    models = built({name: settings["overrides"] for name, settings in names.items()})
+    assert len(models["none"].positions) == 0
+    assert [len(models[f"1d {place}"].positions) for place in ("stem", "layers", "shared")] == [1, 6, 1]
+    assert models["relative shared"].config.position.kind == "relative"
+    found = positions.conclude(config, rows({name: 0.614 if name == "none" else 0.64 for name in names}))
+    assert "2.6 points better than none" in found.answer
+    assert "all of the position embeddings are better than none" in found.answer
+    assert found.tables[0].rows[0][0] == "none"
+    assert [row[0] for row in found.tables[0].rows] == ["none", "1d", "2d", "relative"]
+    stem = positions.Config(data="d", kinds=("relative", "sincos"), places=("stem",))
+    assert list(positions.variants(stem)) == ["none", "sincos stem", "relative layers"]
+    with pytest.raises(ConfigError, match="places is empty"):
+        positions.variants(positions.Config(data="d", places=()))
+
+
+def test_shapes_are_judged_by_what_a_doubling_of_the_cost_gains() -> None:
+    config = shapes.Config(data="d", image_size=(32, 32))
+    models = built(shapes.variants(config))
+    assert models["depth x2"].config.depth == 2 * models["base"].config.depth
+    assert models["width x0.5"].config.mlp_dim == 192
+    assert models["patch x0.5"].config.patch == (2, 2)
+    scores = {"base": 0.6, "depth x2": 0.66, "width x2": 0.63, "patch x0.5": 0.63}
+    costs = {"base": 1.0, "depth x2": 2.0, "width x2": 4.0, "patch x0.5": 4.0}
+    found = shapes.conclude(config, rows(scores, flops=costs))
+    assert found.answer.startswith("For each doubling of the cost depth gains most (depth +")
+    slopes = found.numbers["points_per_doubling"]
+    assert slopes["depth"]["value"] == pytest.approx(0.06, abs=2e-3)
+    assert slopes["width"]["value"] == pytest.approx(0.015, abs=2e-3)
+    with pytest.raises(ConfigError, match=r"6 times 0\.3 is 1\.8, no whole number; nearest factor: 0\.33"):
+        shapes.variants(shapes.Config(data="d", depths=(0.3,)))
