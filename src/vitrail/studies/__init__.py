@@ -26,9 +26,10 @@ class Entry(NamedTuple):
 STUDIES: dict[str, Entry] = {
     "breakeven": Entry("breakeven", "which family to use for this data, and when a plain ViT would overtake"),
     "families": Entry("families", "ViT, hybrid, Swin, CvT, distilled DeiT and ResNet at equal size and cost"),
-    "resolution": Entry("resolution", "what a trained model gives at other picture and patch sizes, and what that costs"),
     "pooling": Entry("pooling", "class token or mean of the patches, each with its own learning rate"),
     "positions": Entry("positions", "none, 1-D, 2-D and relative positions, at the stem or in every layer"),
+    "resolution": Entry("resolution", "what a trained model gives at other picture and patch sizes, and what that costs"),
+    "scaling": Entry("scaling", "error by data size, model size and compute, and who still gains from data"),
     "shapes": Entry("shapes", "depth, width or patch size: which to scale"),
 }
 
