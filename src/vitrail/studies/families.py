@@ -15,7 +15,7 @@ from vitrail.studies.study import Chart, Findings, Row, Runs, Series, StudyConfi
 
 EXAMPLES = """\
 vitrail study families photos/ --budget 2e12
-vitrail study families photos/ --contenders resnet,vit,swin,bit --image-size 64"""
+vitrail study families photos/ --contenders resnet vit swin bit --image-size 64"""
 
 PLAIN, CONVOLUTIONAL = "vit", "resnet"
 BIASES = {
