@@ -199,7 +199,7 @@ def test_the_verb_writes_page_and_tables(picture_folder: Path, tmp_path: Path, c
     rows = list(csv.DictReader((tmp_path / "out" / "probe.csv").read_text().splitlines()))
     assert {row["shots"] for row in rows} == {"1", "2", "all"}
     stored = json.loads((tmp_path / "out" / "probe.json").read_text())
-    assert stored["ranking"][0]["label"] == "model.safetensors"
+    assert stored["ranking"][0]["label"] == "model"
     assert main(["probe", str(picture_folder), "--model", ","]) == 2
 
 

@@ -10,11 +10,11 @@ import torch
 from vitrail.checkpoints import load_model, save_model
 from vitrail.cli.parse import parse
 from vitrail.cli.train import Arguments, explicit
-from vitrail.config import ConfigError, ModelCard, Preprocess, RunConfig
+from vitrail.config import ConfigError, ModelCard, Preprocess, RunConfig, TransferConfig
 from vitrail.layers import lora
 from vitrail.models import create_model
 from vitrail.training.progressive import Progressive, plan_sizes, shrink
-from vitrail.training.transfer import freeze
+from vitrail.training.transfer import adapt, freeze
 
 ATTENTIVE = (
     "vit_micro_patch4_16",
@@ -90,6 +90,19 @@ def test_adaptation_merges_to_the_same_answers(name: str, tmp_path: Path) -> Non
     torch.testing.assert_close(model(x), changed)
     assert set(model.state_dict()) == set(loaded.state_dict())
     assert not list(lora.adapted(model))
+
+
+def test_adaptation_leaves_batch_statistics_alone() -> None:
+    model = create_model("cvt_micro", num_classes=3)
+    (told,) = adapt(model, TransferConfig(lora_rank=2))
+    assert "rank 2" in told
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()(torch.randn(2, *model.input_shape)).sum().backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {n for n in model.layer_ids() if n.startswith("head.") or n.endswith((".weight.0.a", ".weight.0.b"))}
+    with pytest.raises(ConfigError, match="leave freeze out"):
+        list(adapt(model, TransferConfig(lora_rank=2, freeze="1")))
 
 
 def test_adaptation_is_refused_where_there_is_nothing_to_adapt() -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitrail.checkpoints import create_model, load_model
+from vitrail.checkpoints.weights import SUFFIXES
 from vitrail.config import ConfigError, DataConfig, Preprocess, unknown
 from vitrail.cost import count_flops, count_parameters, pick_device, pick_precision
 from vitrail.data import Data, ImageDataset, open_data
@@ -140,7 +141,7 @@ def _labelled(models: Any) -> dict[str, Any]:
         return dict(models)
     sources = list(models) if isinstance(models, (list, tuple)) else [models]
     long = [(s.name or s.family) if isinstance(s, Model) else str(s).rstrip("/") for s in sources]
-    short = [Path(text).name for text in long]
+    short = [Path(text).stem if Path(text).suffix in SUFFIXES else Path(text).name for text in long]
     labels = short if len(set(short)) == len(short) else long
     if len(set(labels)) < len(labels):
         raise ConfigError(f"the same model is named twice: {', '.join(labels)}; give them as {{label: model}}")

@@ -26,7 +26,7 @@ RECENT_STEPS = 32  # that speeds are taken over
 
 
 class Log:
-    """The records of a run, one JSON object a line: {"kind": train | eval | refused | final, "step", "epoch", ...}.
+    """The records of a run, one JSON object a line: {"kind": train | eval | probe | refused | final, "step", "epoch", ...}.
 
     Opening cuts the files back to what was known at step `step` (and to whole lines), so that a resumed run has neither gap
     nor duplicate. The CSV table is always made anew from the records; TensorBoard forgets the steps after `step`. Only the

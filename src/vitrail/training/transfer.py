@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vitrail.checkpoints import load_model
 from vitrail.config import ConfigError, Preprocess, RunConfig, TransferConfig
@@ -52,6 +53,8 @@ def adapt(model: Model, config: TransferConfig) -> Iterator[str]:
         for name, parameter in model.named_parameters():
             if not name.startswith("head.") and not name.endswith((".weight.0.a", ".weight.0.b")):
                 parameter.requires_grad_(False)
+        # Batch normalisation is as frozen as the rest: its statistics belong to the weights.
+        model.frozen = tuple(name for name, module in model.named_modules() if isinstance(module, _BatchNorm))
         added = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head."))
         yield f"low-rank adaptation: rank {config.lora_rank} in {len(names)} layers, {added:,} trained weights beside the head"
 
