@@ -40,6 +40,7 @@ __all__ = [
     "RunConfig",
     "Sampling",
     "ScheduleConfig",
+    "SelfSupervisionConfig",
     "TransferConfig",
     "convert",
     "dump",
@@ -114,6 +115,7 @@ class DataConfig:
     label_column: str = ""  # of a table; by default recognised (label, class, target, ...)
     split_column: str = ""  # of a table; by default recognised (split, subset, ...)
     multi_label: bool = False  # several labels per picture
+    unlabelled: bool = False  # pictures without a label are samples too; set by the objectives that need none
     media: Literal["auto", "pictures", "videos", "frames"] = "auto"  # what samples are; frames: a folder of pictures is a clip
     frame_rate: float = 25.0  # frames per second of frame folders, which do not say
     labels: str = ""  # emoji: "category" | "glyph"; a folder of any videos: "speed" (1x, 2x or 4x playback)
@@ -176,6 +178,7 @@ class AugmentConfig:
 class ObjectiveConfig:
     """What is minimised, and what is done about unequal classes."""
 
+    objective: Literal["classify", "masked", "mae"] = "classify"  # masked, mae: learn from pictures alone, without labels
     loss: Literal["ce", "bce"] = "ce"  # softmax cross-entropy, or one sigmoid per class
     label_smoothing: float = 0.0  # share of the target spread over all classes
     balance: Literal["none", "weights", "sampler", "logit-adjustment"] = "none"  # correction of unequal class counts
@@ -203,6 +206,18 @@ class TransferConfig:
     lora_rank: int = 0  # of a low-rank adaptation, which is trained instead of the weights; 0 = off
     lora_alpha: float = 0.0  # its strength: alpha / rank times the product; 0 = twice the rank
     lora_place: Literal["attention", "all"] = "attention"  # linear layers beside attention, or all but the head's
+
+
+@dataclass(frozen=True)
+class SelfSupervisionConfig:
+    """Learning without labels: patches are hidden and guessed (objectives masked and mae)."""
+
+    mask_ratio: float = 0.0  # share of the patches hidden, 0 = the papers' (masked: 0.5, mae: 0.75)
+    mask_target: Literal["colour", "colours", "pixels"] = "colour"  # of masked: 3-bit mean colour, 4 x 4 such, or all pixels
+    patch_norm: bool = True  # of mae: guess pixels normalised patch by patch
+    decoder_width: int = 0  # of mae, 0 = half of the encoder's
+    decoder_depth: int = 2  # of mae: blocks
+    decoder_heads: int = 0  # of mae, 0 = as many as the encoder's
 
 
 @dataclass(frozen=True)
@@ -273,5 +288,6 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    self_supervision: SelfSupervisionConfig = field(default_factory=SelfSupervisionConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

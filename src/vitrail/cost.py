@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitrail.models import Model
+from vitrail.models.pretext import Pretext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAST_BF16 = 1.5  # bf16 counts as fast where its matrix products run at this multiple of float32's
@@ -99,7 +100,7 @@ def count_parameters(model: nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
-def count_flops(model: Model, shape: tuple[int, ...] | None = None) -> int:
+def count_flops(model: Model | Pretext, shape: tuple[int, ...] | None = None) -> int:
     """FLOPs of one forward pass of one input of `shape`, without the batch (default: the model's `input_shape`).
 
     A multiply-add counts as 2; matrix products, convolutions and attention count, element-wise work does not (the convention
@@ -143,7 +144,7 @@ class Memory:
 
 
 def forecast_memory(
-    model: Model,
+    model: Model | Pretext,
     batch_size: int,
     *,
     shape: tuple[int, ...] | None = None,
@@ -163,9 +164,9 @@ def forecast_memory(
         images = torch.empty(batch_size, *(shape or model.input_shape))
         with _LiveBytes() as live:
             with autocast(torch.device("cpu"), precision):
-                logits = forward(images)
+                answer = forward(images)
             if training:
-                torch.nn.functional.cross_entropy(logits.float(), torch.zeros(batch_size, dtype=torch.long)).backward()
+                _loss(answer).backward()
         activations = images.numel() * images.element_size() + max(live.peak - trained, 0)
     return Memory(
         parameters=weights,
@@ -176,8 +177,15 @@ def forecast_memory(
     )
 
 
+def _loss(answer: Tensor | dict[str, Tensor]) -> Tensor:
+    """That of a classifier's logits, or the one that comes with the answer."""
+    if isinstance(answer, dict):
+        return answer["loss"]
+    return torch.nn.functional.cross_entropy(answer.float(), torch.zeros(len(answer), dtype=torch.long))
+
+
 @contextmanager
-def _pretended(model: Model, training: bool) -> Iterator[Any]:
+def _pretended(model: Model | Pretext, training: bool) -> Iterator[Any]:
     """A function input -> output that runs the model on tensors that have shapes but no storage; the model is not touched."""
     modes = {module: module.training for module in model.modules()}
     try:

@@ -14,9 +14,9 @@ from vitrail.data.samples import DataError
 from vitrail.data.stores import ColumnStore, Picture, Store
 from vitrail.data.tables import (
     IMAGE_COLUMNS,
-    LABEL_COLUMNS,
     content_keys,
     find_column,
+    label_column,
     label_columns,
     row_names,
     stated_classes,
@@ -70,7 +70,7 @@ def _read_split(found: Any, config: DataConfig, path: Path, split: str) -> Listi
     light = [name for name in found.features if name not in pictures]
     table = found.select_columns(light).with_format("arrow")[:] if light else pa.table({})
     columns = {name: table.column(name).to_pylist() for name in light}
-    label = find_column("label", config.label_column, columns, LABEL_COLUMNS, path)
+    label = label_column(columns, config, path)
     rest, notes = label_columns(columns, len(found), config, path, stated_classes(table.schema, label))
     if not any(rest["splits"]):
         rest["splits"] = [split] * len(found)

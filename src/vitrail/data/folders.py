@@ -22,13 +22,17 @@ def read_folder(root: Path, config: DataConfig) -> Listing:
     Subfolders are splits when one of them is called like a training split (or is named in the settings) and holds folders
     itself. Samples are pictures, or videos where there is no picture, or what `media` says: with "frames" every folder below
     a class that holds pictures is one clip. Other files, and empty classes, are left out and noted. Links are followed.
+    With `unlabelled`, pictures and videos that lie in no class folder are samples without a label.
     Raises DataError when no sample lies in a class folder.
     """
-    splits = _split_folders(root, tuple(name for name in (config.train_split, config.val_split) if name))
+    splits = _split_folders(root, tuple(name for name in (config.train_split, config.val_split) if name), config.unlabelled)
     found = [
         (split, folder, list(files_below(root, folder))) for split in splits or [""] for folder in _subfolders(root / split)
     ]
-    media = config.media if config.media != "auto" else _media([name for _, _, files in found for name in files])
+    listed = [name for _, _, files in found for name in files]
+    if config.unlabelled:
+        listed += [entry.name for split in splits or [""] for entry in _visible(root / split)]
+    media = config.media if config.media != "auto" else _media(listed)
     is_sample = is_video_name if media == "videos" else is_picture_name
     names: list[str] = []
     labels: list[tuple[str, ...] | None] = []
@@ -46,7 +50,12 @@ def read_folder(root: Path, config: DataConfig) -> Listing:
             split_of += [split] * (len(names) - before)
             if len(names) == before:
                 empty.append(folder.relative_to(root).as_posix())
-        strangers += [entry.relative_to(root).as_posix() for entry in _visible(root / split) if entry.is_file()]
+        loose = [entry.relative_to(root).as_posix() for entry in _visible(root / split) if entry.is_file()]
+        if config.unlabelled and media != "frames":
+            without = [name for name in loose if is_sample(name)]
+            loose = [name for name in loose if not is_sample(name)]
+            names, labels, split_of = names + without, labels + [None] * len(without), split_of + [split] * len(without)
+        strangers += loose
     if not names:
         raise DataError(_nothing_found(root))
     store: Store = PathStore(root, names)
@@ -94,11 +103,13 @@ def _subfolders(folder: Path) -> list[Path]:
     return [entry for entry in _visible(folder) if entry.is_dir()]
 
 
-def _split_folders(root: Path, extra: tuple[str, ...]) -> list[str]:
+def _split_folders(root: Path, extra: tuple[str, ...], unlabelled: bool = False) -> list[str]:
     """The subfolders that are splits, by name; none when the subfolders are classes."""
     found = [folder for folder in _subfolders(root) if role_of(folder.name) or folder.name in extra]
     if not any(role_of(folder.name) == "train" or folder.name in extra for folder in found):
         return []
+    if unlabelled and len(found) == len(_subfolders(root)):  # they may hold pictures directly
+        return [folder.name for folder in found]
     nested = [folder.name for folder in found if _subfolders(folder)]
     if not any(role_of(name) == "train" or name in extra for name in nested):
         return []  # a class that happens to be called "train" holds pictures, not folders

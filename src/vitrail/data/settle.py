@@ -15,6 +15,8 @@ from vitrail.data.listing import Listing, sort_classes
 from vitrail.data.samples import Data, DataError, ImageDataset, count
 from vitrail.data.splits import choose_splits, content_numbers, cut_validation, nested_subset, reseeded
 
+UNLABELLED = "(no label)"
+
 
 def settle(listing: Listing, config: DataConfig, name: str, wanted: Sequence[str] | None = None) -> Data:
     """Give a listing its classes, splits, order and subset; what was inferred becomes notes.
@@ -23,13 +25,15 @@ def settle(listing: Listing, config: DataConfig, name: str, wanted: Sequence[str
     """
     multi_label = config.multi_label or listing.multi_label
     notes = list(listing.notes)
+    if config.unlabelled:
+        listing = _with_stand_in(listing, notes)
     labelled = np.array([label is not None for label in listing.labels])
     if not labelled.any():
         raise DataError(f"{name}: no sample has a label")
     if not labelled.all():
         first = listing.names[int(np.flatnonzero(~labelled)[0])]
         notes.append(f"{count(int((~labelled).sum()), 'sample')} without a label left out, such as {first}")
-    classes = _classes(listing, wanted, multi_label, name, notes)
+    classes = _classes(listing, wanted, multi_label or config.unlabelled, name, notes)
     targets = _targets(listing, classes, multi_label)
     rows_of = choose_splits(listing.splits, config)
     notes += rows_of.notes
@@ -59,7 +63,18 @@ def settle(listing: Listing, config: DataConfig, name: str, wanted: Sequence[str
     return replace(data, notes=(*notes, *_bad_notes(data), *_count_notes(data)))
 
 
-def _classes(listing: Listing, wanted: Sequence[str] | None, multi_label: bool, name: str, notes: list[str]) -> tuple[str, ...]:
+def _with_stand_in(listing: Listing, notes: list[str]) -> Listing:
+    """The listing with one class of its own for all samples without a label."""
+    missing = sum(labels is None for labels in listing.labels)
+    if not missing:
+        return listing
+    if missing < len(listing.labels):
+        notes.append(f"{count(missing, 'sample')} of {len(listing.labels):,} without a label, which is not needed")
+    classes = None if listing.classes is None else (*listing.classes, UNLABELLED)
+    return replace(listing, labels=[(UNLABELLED,) if names is None else names for names in listing.labels], classes=classes)
+
+
+def _classes(listing: Listing, wanted: Sequence[str] | None, any_number: bool, name: str, notes: list[str]) -> tuple[str, ...]:
     present = {label for labels in listing.labels for label in labels or ()}
     found = listing.classes or sort_classes(present)
     if not found:
@@ -75,7 +90,7 @@ def _classes(listing: Listing, wanted: Sequence[str] | None, multi_label: bool, 
             notes.append(f"classes {' and '.join(map(repr, alike))} differ only in letter case or spaces; they are kept apart")
     if wanted is not None:
         return _matching_classes(tuple(wanted), found, present, name, notes)
-    if len(found) < 2 and not multi_label:
+    if len(found) < 2 and not any_number:
         raise DataError(
             f"{name}: one class only ({found[0]!r}); a classifier needs at least two. "
             "In a folder, the classes are the folders right below it (or below train/, val/, test/)"

@@ -94,9 +94,9 @@ def label_columns(
 
     classes: names that whole numbers in the label column stand for.
     """
-    label = find_column("label", config.label_column, columns, LABEL_COLUMNS, path)
-    values = columns[label]
-    notes = [f"{path.name}: labels from column {label!r}"]
+    label = label_column(columns, config, path)
+    values = columns[label] if label else [None] * rows
+    notes = [f"{path.name}: labels from column {label!r}"] if label else []
     labels = [label_names(value, classes) for value in values]
     several = any(isinstance(value, (list, tuple)) for value in values) or any(names and len(names) > 1 for names in labels)
     if several or config.multi_label:  # no label at all is an answer, too
@@ -107,6 +107,13 @@ def label_columns(
         splits = ["" if value is None else str(value).strip() for value in columns[column]]
         notes.append(f"{path.name}: splits from column {column!r}")
     return {"labels": labels, "splits": splits, "multi_label": several, "classes": classes}, notes
+
+
+def label_column(columns: Mapping[str, Sequence[Any]], config: DataConfig, path: Path) -> str:
+    """The column of labels; "" where there is none and none are needed. Raises DataError when there is none otherwise."""
+    if config.unlabelled and not config.label_column and not _matches(columns, LABEL_COLUMNS):
+        return ""
+    return find_column("label", config.label_column, columns, LABEL_COLUMNS, path)
 
 
 def find_column(what: str, asked: str, columns: Mapping[str, Sequence[Any]], usual: Sequence[str], path: Path) -> str:

@@ -205,6 +205,11 @@ def _check_fit(model: Model, data: Data) -> None:
         raise ConfigError(
             f"the model gives a picture {kinds[model.card.multi_label]}, the data set {data.name} {kinds[data.multi_label]}"
         )
+    if not model.config.num_classes:
+        raise ConfigError(
+            "the model answers no classes (it was trained without labels, or its classifier was taken off); give it some: "
+            "vitrail train DATA --init-from RUN"
+        )
     count, names = model.config.num_classes, tuple(model.card.classes) if model.card else ()
     if count != len(data.classes):
         raise ConfigError(f"the model answers {count} classes, the data set {data.name} has {len(data.classes)}")

@@ -10,11 +10,12 @@ import torch
 
 from vitrail.checkpoints import load_model
 from vitrail.checkpoints.io import write_text
+from vitrail.checkpoints.pretext import needs_labels
 from vitrail.config import ConfigError, Preprocess, dump
 from vitrail.cost import count_parameters, pick_device
 from vitrail.data import Data, open_data
 from vitrail.evaluation import Report, evaluate
-from vitrail.inspection import pictures, sections, training_data
+from vitrail.inspection import pictures, pretraining, sections, training_data
 from vitrail.inspection.page import render
 from vitrail.inspection.run import REPORT, RunRecord, environment, read_run
 from vitrail.models import Model
@@ -31,12 +32,16 @@ def write_report(run_dir: str | Path, *, model: Model | None = None, data: Any =
 
     model: default the run's final weights. data: opened `Data` or any source; default the source named in the run's settings.
     report: the evaluation to show; default that of the test split, else of validation. Where the data cannot be opened any
-    more, the page shows the evaluation stored with the run and goes without pictures.
-    Raises ConfigError if there is no run, or neither its data nor a stored evaluation.
+    more, the page shows the evaluation stored with the run and goes without pictures. Of a run without labels it shows guesses
+    of hidden patches instead. Raises ConfigError if there is no run, or neither its data nor a stored evaluation.
     """
     run = read_run(run_dir)
     model = model if model is not None else load_model(run.path)
     opened, problem = _open(run, model, data)
+    if not needs_labels(run.config.objective):
+        page = render("pretraining.html.jinja", pretraining.TITLES, pretraining.context(run, model, opened, problem))
+        write_text(run.path / PAGE, page)
+        return run.path / PAGE
     if opened is not None and (report is None or report.outputs is None or not report.split):
         device = pick_device(run.config.device if report is None else "auto")
         report = evaluate(model, opened, split=report.split if report else "", device=str(device))

@@ -43,10 +43,10 @@ def result(report: Report, parameters: int, minutes: float | None, weights: str,
     facts += [
         {"name": "negative log-likelihood", "value": f"{metrics['nll']:.3f}", "note": f"nats; {even}"},
         {"name": "calibration error", "value": f"{percent(metrics['ece'], n)} %", "note": "expected, over 15 bins"},
-        {"name": "parameters", "value": _count(parameters), "note": ""},
+        {"name": "parameters", "value": as_count(parameters), "note": ""},
     ]
     if minutes is not None:
-        facts.append({"name": "training time", "value": _minutes(minutes), "note": ""})
+        facts.append({"name": "training time", "value": as_time(minutes), "note": ""})
     support = np.array([row["support"] for row in report.per_class])
     chance = None if report.multi_label else float(support.max() / support.sum())
     return {
@@ -76,8 +76,8 @@ def _rate(report: Report, name: str, title: str) -> dict[str, str]:
 
 def training(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], loss: str) -> Context | None:
     """Charts of loss, accuracy and learning rate from the run's records; None if there are none."""
-    trained = {name: _line(steps, name) for name in ("loss", "accuracy", "lr")}
-    judged = {name: _line(evaluations, name) for name in ("nll", "top1", "map", "macro_f1")}
+    trained = {name: line(steps, name) for name in ("loss", "accuracy", "lr")}
+    judged = {name: line(evaluations, name) for name in ("nll", "top1", "map", "macro_f1")}
     together = {"training": trained["loss"], "validation": judged["nll"]}
     charts = {"Loss": together} if loss == "ce" else {"Loss in training": {"training": trained["loss"]}}
     if loss != "ce":  # sums over classes: another scale than the likelihood of the validation pictures
@@ -99,7 +99,8 @@ def training(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
     return {"charts": drawn, "about": about} if drawn else None
 
 
-def _line(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+def line(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """(epochs, values) of a name in the records that have it; nan where a value was not finite."""
     there = [record for record in records if name in record and record.get("epoch") is not None]
     return [float(r["epoch"]) for r in there], [math.nan if r[name] is None else float(r[name]) for r in there]
 
@@ -181,14 +182,16 @@ def calibration(report: Report) -> Context:
     return {"about": about, "chart": draw.calibration(report.calibration)}
 
 
-def _count(number: int) -> str:
+def as_count(number: int) -> str:
+    """5717416 as 5.72 M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {letter}"
     return str(number)
 
 
-def _minutes(minutes: float) -> str:
+def as_time(minutes: float) -> str:
+    """A duration in the unit that suits it."""
     if minutes < 2:
         return f"{60 * minutes:.0f} s"
     return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

@@ -83,13 +83,17 @@ class Hybrid(Model):
 
     def features(self, x: Float[Tensor, "b c h w"]) -> Features:
         """Normalised tokens after the last block. Raises ValueError for a size or channels that the model does not take."""
+        return self.backbone.features(self.maps(x))
+
+    def maps(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
+        """The trunk's feature map, whose cells are the ViT's pixels."""
         self.check_input(x)
         # Convolutions and group norms run faster with channels innermost, where the ViT's tokens want them too.
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             for block in stage:  # type: ignore[attr-defined]
                 x = self.run_block(block, x)
-        return self.backbone.features(x)
+        return x
 
     def attention_route(self, size: tuple[int, ...]) -> Route:
         """That of the ViT; a token is taken to lie over its even share of the picture, whatever more its convolutions see."""

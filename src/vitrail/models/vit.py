@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vitrail.layers.block import ACTIVATIONS, MLPS, Block, BlockConfig, heads_problem, init_encoder
@@ -128,20 +128,35 @@ class ViT(Model):
         tokens, grid = self.embed(x)
         if mask is not None:
             tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)  # type: ignore[union-attr]
+        tokens = self.encode(tokens, grid)
+        if not self.config.norm_after_pool:
+            tokens = self.norm(tokens)
+        return Features(tokens, grid, self.config.prefix)
+
+    def encode(
+        self, tokens: Float[Tensor, "b n c"], grid: tuple[int, int, int], keep: Int[Tensor, "b m"] | None = None
+    ) -> Float[Tensor, "b p c"]:
+        """Embedded patches through positions and blocks, behind the prefix tokens, before the final norm.
+
+        `keep` holds the numbers of the patches that go in, each with its own position: the others are never seen. Raises
+        ValueError for `keep` with relative positions, whose biases are made for whole grids.
+        """
+        place, relative = self.config.position.place, self.config.position.kind == "relative"
+        if relative and keep is not None:
+            raise ValueError("patches cannot be left out where positions are relative; allowed: none, 1d, 2d, sincos")
+        rows = None if keep is None else self._rows(keep)
         tokens = self._add_prefix(tokens, grid)
-        place = self.config.position.place
-        relative = self.config.position.kind == "relative"
+        if rows is not None:
+            tokens = tokens.gather(1, rows[..., None].expand(-1, -1, tokens.shape[2]))
         for i, block in enumerate(self.blocks):
             if relative:
                 position = self.positions[i if len(self.positions) > 1 else 0]
                 tokens = self.run_block(block, tokens, partial(position, queries=grid))
                 continue
             if place != "stem" and self.positions:
-                tokens = self._add_table(tokens, self.positions[i if place == "layers" else 0], grid)
+                tokens = self._add_table(tokens, self.positions[i if place == "layers" else 0], grid, rows)
             tokens = self.run_block(block, tokens)
-        if not self.config.norm_after_pool:
-            tokens = self.norm(tokens)
-        return Features(tokens, grid, self.config.prefix)
+        return tokens
 
     def pool(self, features: Features) -> Float[Tensor, "b c"]:
         """The class token, the mean of the patch tokens, both side by side, or the attention pool's answer over all tokens."""
@@ -183,11 +198,17 @@ class ViT(Model):
             tokens = self._add_table(tokens, self.positions[0], grid)
         return self.stem_norm(self.drop(tokens))
 
-    def _add_table(self, tokens: Tensor, position: nn.Module, grid: tuple[int, int, int]) -> Tensor:
+    def _rows(self, keep: Tensor) -> Tensor:
+        """Numbers of the tokens to keep: all of the prefix, and of the patches those in `keep`."""
+        prefix = torch.arange(self.config.prefix, device=keep.device).expand(len(keep), -1)
+        return torch.cat([prefix, keep + self.config.prefix], 1)
+
+    def _add_table(self, tokens: Tensor, position: nn.Module, grid: tuple[int, int, int], rows: Tensor | None = None) -> Tensor:
         first, patches = position(grid[1:])
         missing = self.config.prefix - (0 if first is None else first.shape[1])
         zeros = patches.new_zeros(1, missing, patches.shape[-1]) if missing else None
-        return tokens + torch.cat([t for t in (first, zeros, patches) if t is not None], 1)
+        table = torch.cat([t for t in (first, zeros, patches) if t is not None], 1)
+        return tokens + (table if rows is None else table[0][rows])
 
     @property
     def input_multiple(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from vitrail.checkpoints import save_model
 from vitrail.checkpoints.io import write_text
+from vitrail.checkpoints.pretext import save_pretext
 from vitrail.config import ConfigError, RunConfig, dump
 from vitrail.data import Batch
 from vitrail.evaluation.metrics import Report
@@ -30,6 +31,7 @@ from .log import Log, Meter, Screen
 from .objectives import Objective
 from .optim import set_lr
 from .plan import Plan, hand_out, length_lines, make_plan, rehearse, steps_within
+from .selfsupervision import PretextEvaluator
 from .setup import CONFIG, Job, Request, prepare, resolve
 from .state import SaveError, newest_checkpoint, remove_unfinished, restore, save_checkpoint
 from .status import Clock, evaluation_line, status_line
@@ -57,15 +59,16 @@ def train(
     data: Any = None,
     *,
     resume: bool | str | Path = False,
-    objective: Objective | None = None,
+    objective: Objective | str | None = None,
     evaluators: Sequence[Evaluator] = (),
     **settings: Any,
 ) -> Run:
-    """Train a classifier as the settings say; they are a RunConfig, its fields by name (`lr=1e-3`), or both.
+    """Train a model as the settings say; they are a RunConfig, its fields by name (`lr=1e-3`), or both.
 
     data: a path or the name of an embedded set, or from Python a torch Dataset or [(picture, label), ...].
     resume: the directory of a run to go on with exactly, or True: go on if the run's directory holds one, else start.
-    objective: called with (model, images, targets), returns a dict of means with "loss"; default: `build_objective`.
+    objective: called with (model, images, targets), returns a dict of means with "loss"; default: `build_objective`. Or the
+    name of one: "classify", "masked", "mae".
     evaluators: called with a model, yield (name, value); the best is where "top1", "map" or else the first is largest.
     Default: all metrics of the validation split.
 
@@ -73,6 +76,8 @@ def train(
     when the disk is full, and leaves through Stopped (a SystemExit, 130 or 143) after SIGINT or SIGTERM, having saved.
     """
     clock = Clock()
+    if isinstance(objective, str):
+        settings, objective = {**settings, "objective": objective}, None
     request = resolve(config, data, settings, resume)
     with Interruption() as interruption, joined_ranks(request.config.device) as ranks, Screen(ranks.main) as screen:
         session = Session(screen, clock, interruption)
@@ -273,24 +278,34 @@ def _finish(job: Job, log: Log, screen: Screen) -> Run:
     model, p = job.state.averaged, job.state.progress
     split = next((split for split in ("test", "val") if getattr(job.data, split) is not None), "")
     report, evaluator = None, job.split_evaluator(split) if split else None
-    if evaluator is not None:
+    metrics: dict[str, float] = {}
+    if isinstance(evaluator, PretextEvaluator):
+        metrics = dict(dataclasses.replace(evaluator, precision="fp32")(model))
+    elif evaluator is not None:
         report = evaluator.report(model, precision="fp32", progress=f"evaluating {split}")
-    metrics = job.ranks.agree(dict(report.metrics) if report else {})
+        metrics = job.ranks.agree(dict(report.metrics) if report else {})
     merge_lora(model)
     model.card = card = dataclasses.replace(job.card, metrics=metrics)
     if job.ranks.main:
         save_model(model, job.path / FINAL, card=card)
+        if job.state.pretext is not None:
+            save_pretext(job.state.pretext, job.path)
         bad = {name: dataset.bad.summary() for name, dataset in job.data.splits().items() if len(dataset.bad)}
         for name, summary in bad.items():
             screen.say(f"{name:<9}{summary}")
         if report is not None:
             report = dataclasses.replace(report, split=split, notes=(*report.notes, *bad.values()))
             report.save(job.path / REPORT)
-            log.record("final", p.step, epoch=job.epoch, split=split, **metrics)
             screen.say(f"\n{split}\n{report}")
+        elif metrics:
+            screen.say(f"{split:<9} {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}")
+        if metrics:
+            log.record("final", p.step, epoch=job.epoch, split=split, **metrics)
         if p.best is not None:
             screen.say(f"best      step {p.best_step:,}: {p.best:.4f}, in {job.path / BEST}")
         screen.say(f"final     step {p.step:,}, in {job.path / FINAL}")
+        if job.state.pretext is not None:
+            screen.say(f"go on     fine-tune with: vitrail train DATA --init-from {job.path}")
     return Run(job.path, model.eval(), job.config, metrics, log.history, report, job.ranks.main)
 
 

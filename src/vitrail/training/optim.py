@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vitrail.config import OptimConfig
 from vitrail.models import Model
+from vitrail.models.pretext import Pretext
 
 EMA_DELAY = 10  # updates; shapes the warm-up of the decay, as in TensorFlow's ExponentialMovingAverage
 
@@ -21,7 +22,7 @@ def scaled_lr(config: OptimConfig, batch_size: int) -> float:
     return config.lr * batch_size / config.lr_batch if config.lr_batch else config.lr
 
 
-def parameter_groups(model: Model, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: Model | Pretext, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups {params, names, weight_decay, lr_scale} of all trained parameters.
 
     Weight decay spares one-dimensional parameters (biases, norms, gains) and what the model names (tokens, positions).
@@ -49,7 +50,7 @@ def parameter_groups(model: Model, config: OptimConfig) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
-def build_optimizer(model: Model, config: OptimConfig, device: torch.device) -> Optimizer:
+def build_optimizer(model: Model | Pretext, config: OptimConfig, device: torch.device) -> Optimizer:
     """The optimiser of the settings over `parameter_groups`; its learning rates are set at every step by `set_lr`.
 
     The fused kernels of torch (one pass over memory) run on CPUs and CUDA; elsewhere torch's default is used.

@@ -14,6 +14,7 @@ import torch
 from vitrail.cost import Memory, autocast, count_flops, count_parameters, forecast_memory, matmul_peak, synchronise
 from vitrail.data import Batch, Data, ImageDataset
 from vitrail.models.deit import DeiT
+from vitrail.models.pretext import Pretext
 
 from .log import duration
 from .setup import Job
@@ -45,7 +46,7 @@ def rehearse(job: Job, stream: Iterator[Batch]) -> tuple[Rehearsal, Generator[Ba
     The batches seen are handed out again by the returned stream, so the run itself starts with the first one.
     """
     state, device = job.state, job.ranks.device
-    weights = {name: tensor.to("cpu", copy=True) for name, tensor in state.model.state_dict().items()}
+    weights = {name: tensor.to("cpu", copy=True) for name, tensor in state.trained.state_dict().items()}
     average = None if state.ema is None else {name: tensor.clone() for name, tensor in state.ema.state_dict().items()}
     held = [next(stream)]
     micro_step(job, held[0], 0)  # the first one allocates, compiles and warms up
@@ -60,7 +61,7 @@ def rehearse(job: Job, stream: Iterator[Batch]) -> tuple[Rehearsal, Generator[Ba
     if state.ema is not None:
         update += _timed(job, lambda: state.ema.update_parameters(state.model))  # type: ignore[union-attr]
     picture = _timed(job, lambda: _evaluate(job, held[-1])) / len(held[-1].images)
-    state.model.load_state_dict(weights)
+    state.trained.load_state_dict(weights)
     if state.ema is not None and average is not None:
         state.ema.load_state_dict(average)
     state.optimizer.state.clear()
@@ -87,7 +88,7 @@ def _timed(job: Job, work: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def _evaluate(job: Job, batch: Batch) -> None:
-    device, model = job.ranks.device, job.state.model
+    device, model = job.ranks.device, job.state.trained
     model.eval()
     with autocast(device, job.config.precision):
         model(job.inputs.normalise(batch.images.to(device)))
@@ -122,13 +123,13 @@ class Plan:
 
 def make_plan(job: Job) -> Plan:
     """What can be known without running anything: counted, forecast, and put into words."""
-    c, model = job.config, job.state.model
+    c, model = job.config, job.state.trained
     flops = count_flops(model)
     memory = forecast_memory(model, job.micro_batch, precision=c.precision, optimizer=c.optim.optimizer, ema=bool(c.optim.ema))
     peak = matmul_peak(job.ranks.device, c.precision)
     rows = {
         "data": _describe_data(job.data),
-        "classes": _describe_classes(job.loader.dataset),
+        "classes": _describe_classes(job.loader.dataset) if job.state.pretext is None else "labels are not used",
         "input": _describe_input(job),
         "model": _describe_model(job, flops),
         "batch": _describe_batch(job),
@@ -137,6 +138,8 @@ def make_plan(job: Job) -> Plan:
                    f"{job.loader.workers} loader processes",
         "memory": _describe_memory(memory, available_memory(job.ranks.device)),
     }  # fmt: skip
+    if job.state.pretext is not None:
+        rows["learned"] = _describe_pretext(job.state.pretext)
     if job.inputs.teacher is not None:
         rows["teacher"] = _describe_teacher(job, job.inputs.teacher)
     if job.progressive.sizes:
@@ -205,6 +208,12 @@ def _describe_model(job: Job, flops: int) -> str:
     size = f"{count_parameters(model) / 1e6:.3g} M parameters"
     what = "clip" if model.takes_clips else "picture"
     return f"{model.name or model.family}{settings}: {size}, {flops / 2e9:.3g} GMACs ({flops / 1e9:.3g} GFLOPs) a {what}"
+
+
+def _describe_pretext(pretext: Pretext) -> str:
+    own = count_parameters(pretext) - count_parameters(pretext.model)
+    whole = count_flops(pretext.model)
+    return f"{pretext.describe()}; {own / 1e6:.3g} M parameters beside the model, whose own pass costs {whole / 1e9:.3g} GFLOPs"
 
 
 def _describe_teacher(job: Job, teacher: Teacher) -> str:

@@ -17,6 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from vitrail.checkpoints import load_checkpoint_card, load_model
 from vitrail.checkpoints import pretrained as published
+from vitrail.checkpoints.pretext import build_pretext, needs_labels
 from vitrail.config import (
     ConfigError,
     ModelCard,
@@ -35,6 +36,7 @@ from vitrail.data.embedded import NAMES as EMBEDDED
 from vitrail.data.images import DecodeMode
 from vitrail.models import MODELS, Model, build
 from vitrail.models.deit import BothLogits, DeiT
+from vitrail.models.pretext import Pretext
 
 from . import schedule
 from .distillation import Distill
@@ -45,6 +47,7 @@ from .objectives import Objective, build_objective, sampler_weights
 from .optim import build_ema, build_optimizer, scaled_lr
 from .preset import choose, side_in_names
 from .progressive import Progressive, plan_sizes
+from .selfsupervision import GuessPatches, PretextEvaluator, check_settings
 from .state import MODEL, Progress, TrainState, newest_checkpoint
 from .teacher import Teacher, build_teacher, store_answers
 from .transfer import prepare_transfer
@@ -203,13 +206,15 @@ class Job:
         """Pictures that one process sees at a time."""
         return self.config.batch_size // (self.config.accumulate * self.ranks.world)
 
-    def split_evaluator(self, split: str) -> SplitEvaluator | None:
+    def split_evaluator(self, split: str) -> SplitEvaluator | PretextEvaluator | None:
         """The evaluator of val or test, None where there is no such split."""
         dataset = getattr(self.data, split)
         if dataset is None:
             return None
         assert self.card.preprocess is not None
-        c, workers = self.config, self.config.data_config.workers
+        c, workers, pretext = self.config, self.config.data_config.workers, self.state.pretext
+        if pretext is not None:
+            return PretextEvaluator(pretext, dataset, self.card.preprocess, self.ranks, c.precision, self.micro_batch, workers)
         return SplitEvaluator(dataset, self.card.preprocess, self.ranks, c.precision, 2 * self.micro_batch, workers)
 
 
@@ -218,22 +223,32 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
 
     Raises ConfigError (a ValueError) for whatever of the settings, data or weights cannot be used.
     """
-    config, data = request.config, _open(request)
+    config = request.config
+    labelled = needs_labels(config.objective)
+    if config.data_config.unlabelled == labelled:
+        config = _with_labels_or_not(config, labelled)
+    data = _open(request, config)
     assert data.train is not None
     notes = data.notes
     if config.preset == "auto" and not request.resumed:
         config, reasons = choose(config, request.explicit, data, ranks.device)
         notes += reasons
+    if not labelled:
+        config = _without_label_settings(config, request.explicit)
+        check_settings(config, objective is not None)
     if reason := why_not_to_mirror(config, request.explicit, data):
         config = replace_flat(config, {"hflip": 0.0})
         notes += (reason,)
     torch.manual_seed(config.seed)
-    model = _build_model(config, request.explicit, data)
+    model = _build_model(config, request.explicit, data.classes if labelled else ())
     if not config.pretrained:  # whose name may hold a tag
         config = dataclasses.replace(config, model=model.name or config.model)
     preprocess = _preprocess(config, model)
+    pretext = None if labelled else build_pretext(config.objective.objective, config.self_supervision, model, preprocess)
     precision = pick_precision(config.precision, ranks.device)
-    model.to(ranks.device).set_checkpointing(config.checkpointing)
+    trained = model if pretext is None else pretext
+    trained.to(ranks.device)
+    model.set_checkpointing(config.checkpointing)
     layout = memory_format(model, training=True, precision=precision)
     model.to(memory_format=layout)  # type: ignore[call-overload]
     config = replace_flat(config, {"preset": "none", "device": ranks.device.type, "precision": precision})
@@ -251,21 +266,22 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         teacher = build_teacher(config.distillation, data, preprocess, ranks.device, precision)
         if config.distillation.teacher_cache:
             store_answers(teacher, loader, config.augment, config.distillation.teacher_cache, mode, ranks)
-    elif objective is None and isinstance(model, DeiT):
+    elif objective is None and labelled and isinstance(model, DeiT):
         notes += (_leave_to_the_labels(model),)
     source = start_weights(config)
     notes += prepare_transfer(model, config, source, data, preprocess, ranks, resumed=request.resumed)
     state = TrainState(
         model=model,
-        optimizer=build_optimizer(model, config.optim, ranks.device),
+        optimizer=build_optimizer(trained, config.optim, ranks.device),
         ema=build_ema(model, config.optim.ema) if config.optim.ema else None,
         scaler=GradScaler(ranks.device.type, enabled=config.precision == "fp16"),
         progress=Progress(total=schedule.total_steps(config.schedule, loader.steps_per_epoch), data=fingerprint(data.train)),
+        pretext=pretext,
     )
     if teacher is not None:
         state.progress.teacher = teacher.identity
     # Each head of a distilled model is compared with a truth of its own, so the replica answers with both.
-    replica = ranks.wrap(BothLogits(model) if teacher is not None and isinstance(model, DeiT) else model)
+    replica = ranks.wrap(BothLogits(model) if teacher is not None and isinstance(model, DeiT) else trained)
     job = Job(
         config=config,
         path=request.path,
@@ -275,7 +291,7 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         state=state,
         runner=torch.compile(replica) if config.compile else replica,  # type: ignore[arg-type]
         inputs=Inputs(preprocess, config.augment, len(data.classes), config.seed, layout, teacher).to(ranks.device),
-        objective=objective or _objective(config, data.train, teacher).to(ranks.device),
+        objective=objective or _objective(config, data.train, teacher, pretext).to(ranks.device),
         evaluators=evaluators,
         loader=loader,
         notes=notes,
@@ -289,13 +305,25 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
     return job
 
 
-def _open(request: Request) -> Data:
+def _with_labels_or_not(config: RunConfig, labelled: bool) -> RunConfig:
+    if labelled:
+        raise ConfigError("unlabelled samples teach a classifier nothing; --objective masked and mae use them")
+    return replace_flat(config, {"unlabelled": True})
+
+
+def _without_label_settings(config: RunConfig, explicit: frozenset[str]) -> RunConfig:
+    """What a preset or recipe chose for labels is left out; what was asked for by name stays, and is refused."""
+    off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "ema": 0.0, "label_smoothing": 0.0}
+    return replace_flat(config, {name: value for name, value in off.items() if name not in explicit})
+
+
+def _open(request: Request, config: RunConfig) -> Data:
     """The data, its classes numbered as in the checkpoint to go on from."""
     classes = None
     if request.checkpoint is not None:
         card = load_checkpoint_card(request.checkpoint / MODEL)[1]
-        classes = card.classes if card else None
-    data = open_data(request.source, request.config.data_config, classes)
+        classes = (card.classes or None) if card else None
+    data = open_data(request.source, config.data_config, classes)
     if data.train is None:
         raise ConfigError(f"{data.name} has no training samples (splits: {', '.join(data.splits()) or 'none'})")
     return data
@@ -314,7 +342,9 @@ def _leave_to_the_labels(model: DeiT) -> str:
     return f"{model.name} without a teacher: the {kind} head learns the labels, the other one stays as it is"
 
 
-def _objective(config: RunConfig, dataset: ImageDataset, teacher: Teacher | None) -> nn.Module:
+def _objective(config: RunConfig, dataset: ImageDataset, teacher: Teacher | None, pretext: Pretext | None) -> nn.Module:
+    if pretext is not None:
+        return GuessPatches(pretext)
     labels = build_objective(config.objective, dataset)
     return labels if teacher is None else Distill(labels, config.distillation)
 
@@ -324,8 +354,8 @@ def fingerprint(dataset: ImageDataset) -> str:
     return hashlib.blake2b(np.ascontiguousarray(dataset.targets).tobytes(), digest_size=8).hexdigest()
 
 
-def _build_model(config: RunConfig, explicit: frozenset[str], data: Data) -> Model:
-    changes: dict[str, Any] = {**config.overrides, "num_classes": len(data.classes)}
+def _build_model(config: RunConfig, explicit: frozenset[str], classes: tuple[str, ...]) -> Model:
+    changes: dict[str, Any] = {**config.overrides, "num_classes": len(classes)}
     if config.input.image_size is not None:
         changes["image_size"] = config.input.image_size
     if config.input.channels is not None:
@@ -336,8 +366,8 @@ def _build_model(config: RunConfig, explicit: frozenset[str], data: Data) -> Mod
         model = load_model(source, **changes)
         if config.init_from and config.model not in ("", model.name) and "model" in explicit:
             raise ConfigError(f"init_from is a {model.name or model.family}, model says {config.model}: give one of them")
-        if model.card is None or model.card.classes != data.classes:
-            model.reset_head(len(data.classes))
+        if model.card is None or model.card.classes != classes:
+            model.reset_head(len(classes))
         return model
     if config.model not in MODELS:
         raise unknown("model", config.model, MODELS)
@@ -383,11 +413,13 @@ def _card(config: RunConfig, model: Model, data: Data, preprocess: Preprocess, t
     origin = (*before.provenance, f"from {start}") if (start := start_weights(config)) else ("random weights",)
     if teacher is not None:
         origin += (f"taught by {teacher.found.name} ({teacher.identity})",)
+    labelled, kind = needs_labels(config.objective), config.objective.objective
+    what = "trained" if labelled else f"pre-trained without labels ({kind})"
     return ModelCard(
         name=model.name or before.name,
-        classes=data.classes,
-        multi_label=data.multi_label,
+        classes=data.classes if labelled else (),
+        multi_label=data.multi_label and labelled,
         preprocess=preprocess,
         licence=before.licence,
-        provenance=(*origin, f"trained by vitrail on {data.name}, seed {config.seed}"),
+        provenance=(*origin, f"{what} by vitrail on {data.name}, seed {config.seed}"),
     )

@@ -28,6 +28,7 @@ from vitrail.checkpoints.io import read_json, read_state, write_folder, write_sa
 from vitrail.config import ConfigError, ModelCard, from_dict
 from vitrail.layers.lora import adapted
 from vitrail.models import Model
+from vitrail.models.pretext import Pretext
 
 from .optim import optimizer_tensors, restore_optimizer
 
@@ -62,13 +63,19 @@ class Progress:
 
 @dataclass
 class TrainState:
-    """All that changes while training."""
+    """All that changes while training. `pretext` holds the model and what guesses hidden patches, where there are no labels."""
 
     model: Model
     optimizer: Optimizer
     ema: AveragedModel | None
     scaler: GradScaler
     progress: Progress
+    pretext: Pretext | None = None
+
+    @property
+    def trained(self) -> Model | Pretext:
+        """All that has trained parameters."""
+        return self.model if self.pretext is None else self.pretext
 
     @property
     def averaged(self) -> Model:
@@ -96,6 +103,8 @@ def save_checkpoint(run: Path, state: TrainState, card: ModelCard, keep: int) ->
         tensors |= {f"model/{name}": tensor for name, tensor in state.model.state_dict().items()}
     if state.ema is not None:
         tensors |= {f"ema/{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    if state.pretext is not None:
+        tensors |= {f"pretext/{name}": tensor for name, tensor in state.pretext.own_state().items()}
 
     def fill(temporary: Path) -> None:
         save_model(state.model, temporary / MODEL, card=card)
@@ -134,6 +143,8 @@ def restore(checkpoint: Path, state: TrainState) -> None:
         restore_optimizer(state.optimizer, _under("optimizer/", tensors))
         if state.ema is not None:
             state.ema.load_state_dict(_under("ema/", tensors))
+        if state.pretext is not None:
+            state.pretext.load_own_state(_under("pretext/", tensors))
         if counters["scaler"]:
             state.scaler.load_state_dict(counters["scaler"])
     except (RuntimeError, KeyError, ValueError) as problem:
