@@ -1,6 +1,5 @@
 """Learning without labels through the one loop: what it writes, that it is resumed exactly, and that it learns."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,11 @@ from torch import Tensor
 
 from vitrail.checkpoints import load_model
 from vitrail.checkpoints.pretext import load_pretext
-from vitrail.config import ConfigError, DataConfig
+from vitrail.config import AugmentConfig, ConfigError, DataConfig, OptimConfig, RunConfig
 from vitrail.data import open_data
 from vitrail.evaluation import evaluate
 from vitrail.training.loop import Run, train
+from vitrail.training.selfsupervision import without_label_settings
 from vitrail.training.state import saved_checkpoints
 
 Fit = Callable[..., Run]
@@ -133,6 +133,8 @@ def test_pictures_without_labels(fit: Fit, tmp_path: Path) -> None:
         ({"mixup": 0.2}, "uses no labels to mix"),
         ({"balance": "weights"}, "cannot be balanced"),
         ({"ema": 0.9}, "leave --ema out"),
+        ({"lora_rank": 2}, "leave freeze, lora_rank and head out"),
+        ({"progressive": (8,)}, "leave progressive out"),
         ({"mask_ratio": 1.5}, "mask_ratio is 1.5; allowed: above 0, below 1"),
         ({"objective": "mea"}, "not one of classify, masked, mae .nearest: mae"),
     ],
@@ -143,7 +145,18 @@ def test_what_does_not_fit_is_refused(fit: Fit, tmp_path: Path, settings: dict[s
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_a_preset_chosen_for_labels_is_cut_to_what_needs_none(fit: Fit) -> None:
-    run = fit(objective="mae", preset="auto", image_size=(16, 16), steps=1)
-    stored = json.loads(json.dumps(run.config.augment.__dict__))
-    assert (stored["mixup"], stored["cutmix"], run.config.optim.ema, run.config.objective.balance) == (0, 0, 0, "none")
+def test_a_preset_chosen_for_labels_is_cut_to_what_needs_none() -> None:
+    chosen = RunConfig(augment=AugmentConfig(mixup=0.2, cutmix=0.5), optim=OptimConfig(ema=0.999))
+    kept = without_label_settings(chosen, frozenset({"cutmix"}))
+    assert (kept.augment.mixup, kept.augment.cutmix, kept.optim.ema) == (
+        0,
+        0.5,
+        0,
+    )  # what was asked for is refused
+
+
+def test_features_are_probed_with_labels_while_they_are_learned_without(fit: Fit) -> None:
+    run = fit(objective="mae", steps=4, probe_shots=(2,))
+    probed = [record["fewshot_2"] for record in run.history if record["kind"] == "probe"]
+    assert probed
+    assert all(0 <= value <= 1 for value in probed)

@@ -18,6 +18,7 @@ from vitrail.evaluation.metrics import Outputs, Report, classification_report
 from vitrail.models import Model
 
 from .distributed import Ranks
+from .selfsupervision import PretextEvaluator
 
 Evaluator = Callable[[Model], Iterable[tuple[str, float]]]
 
@@ -64,7 +65,9 @@ class FewShotEvaluator:
     nothing to validate on, and for a class without training samples.
     """
 
-    def __init__(self, train: ImageDataset, judge: SplitEvaluator | None, shots: tuple[int, ...], seeds: int = 3):
+    def __init__(
+        self, train: ImageDataset, judge: SplitEvaluator | PretextEvaluator | None, shots: tuple[int, ...], seeds: int = 3
+    ):
         if judge is None or train.multi_label:
             missing = "validation samples" if judge is None else "one class per sample"
             raise ConfigError(f"probe_shots needs {missing}; leave it out")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vitrail.config import ConfigError, Preprocess, RunConfig
+from vitrail.config import ConfigError, Preprocess, RunConfig, replace_flat
 from vitrail.cost import autocast
 from vitrail.data import ImageDataset, eval_batches
 from vitrail.data.transforms import Normalise
@@ -84,6 +84,12 @@ class PretextEvaluator:
         return {name: value / total for name, value in zip(names, sums, strict=True)}
 
 
+def without_label_settings(config: RunConfig, explicit: frozenset[str]) -> RunConfig:
+    """What a preset or recipe chose for labels is left out; what was asked for by name stays, and is refused."""
+    off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "ema": 0.0, "label_smoothing": 0.0}
+    return replace_flat(config, {name: value for name, value in off.items() if name not in explicit})
+
+
 def check_settings(config: RunConfig, own_objective: bool) -> None:
     """Raise ConfigError for settings that mean nothing, or something else, where there are no labels."""
     name = config.objective.objective
@@ -96,5 +102,9 @@ def check_settings(config: RunConfig, own_objective: bool) -> None:
         raise ConfigError(f"{without} to mix, and mixed pictures are not what it should learn; set mixup and cutmix to 0")
     if config.objective.balance != "none":
         raise ConfigError(f"{without}, so unequal classes cannot be balanced; leave --balance out")
+    if config.transfer.freeze or config.transfer.lora_rank or config.transfer.head == "probe":
+        raise ConfigError(f"objective {name} trains the whole model and has no head; leave freeze, lora_rank and head out")
+    if config.schedule.progressive:
+        raise ConfigError(f"objective {name} hides patches of one picture size; leave progressive out")
     if config.optim.ema:
         raise ConfigError(f"objective {name} evaluates and keeps the trained weights, not their average; leave --ema out")

@@ -47,7 +47,7 @@ from .objectives import Objective, build_objective, sampler_weights
 from .optim import build_ema, build_optimizer, scaled_lr
 from .preset import choose, side_in_names
 from .progressive import Progressive, plan_sizes
-from .selfsupervision import GuessPatches, PretextEvaluator, check_settings
+from .selfsupervision import GuessPatches, PretextEvaluator, check_settings, without_label_settings
 from .state import MODEL, Progress, TrainState, newest_checkpoint
 from .teacher import Teacher, build_teacher, store_answers
 from .transfer import prepare_transfer
@@ -234,7 +234,7 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         config, reasons = choose(config, request.explicit, data, ranks.device)
         notes += reasons
     if not labelled:
-        config = _without_label_settings(config, request.explicit)
+        config = without_label_settings(config, request.explicit)
         check_settings(config, objective is not None)
     if reason := why_not_to_mirror(config, request.explicit, data):
         config = replace_flat(config, {"hflip": 0.0})
@@ -268,8 +268,9 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
             store_answers(teacher, loader, config.augment, config.distillation.teacher_cache, mode, ranks)
     elif objective is None and labelled and isinstance(model, DeiT):
         notes += (_leave_to_the_labels(model),)
-    source = start_weights(config)
-    notes += prepare_transfer(model, config, source, data, preprocess, ranks, resumed=request.resumed)
+    if labelled:
+        source = start_weights(config)
+        notes += prepare_transfer(model, config, source, data, preprocess, ranks, resumed=request.resumed)
     state = TrainState(
         model=model,
         optimizer=build_optimizer(trained, config.optim, ranks.device),
@@ -309,12 +310,6 @@ def _with_labels_or_not(config: RunConfig, labelled: bool) -> RunConfig:
     if labelled:
         raise ConfigError("unlabelled samples teach a classifier nothing; --objective masked and mae use them")
     return replace_flat(config, {"unlabelled": True})
-
-
-def _without_label_settings(config: RunConfig, explicit: frozenset[str]) -> RunConfig:
-    """What a preset or recipe chose for labels is left out; what was asked for by name stays, and is refused."""
-    off = {"mixup": 0.0, "cutmix": 0.0, "balance": "none", "ema": 0.0, "label_smoothing": 0.0}
-    return replace_flat(config, {name: value for name, value in off.items() if name not in explicit})
 
 
 def _open(request: Request, config: RunConfig) -> Data:
