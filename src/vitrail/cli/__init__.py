@@ -142,7 +142,7 @@ def colours(terminal: bool) -> bool:
 def help_page() -> str:
     """What `vitrail --help` prints."""
     bold, end = ("\033[1m", "\033[0m") if colours(sys.stdout.isatty()) else ("", "")
-    lines = [USAGE, "", "Vision Transformers on images: train, measure, use and look into them."]
+    lines = [USAGE, "", "Vision Transformers on images and video: train, measure, use and look into them."]
     for title, verbs in GROUPS.items():
         lines += ["", f"{bold}{title}{end}", *verb_lines(verbs)]
     lines += ["", f"{bold}Examples{end}", *(f"  {line}" for line in EXAMPLES.splitlines())]
