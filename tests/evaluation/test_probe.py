@@ -138,6 +138,17 @@ def test_features_are_kept_for_these_weights_and_pictures_only(picture_folder: P
     assert len(list(tmp_path.iterdir())) == 5
 
 
+def test_processes_share_the_samples_out(picture_folder: Path) -> None:
+    train, model = open_data(str(picture_folder)).train, micro()
+    whole = features.extract_features(model, train, PIXELS)
+    parts = [features.extract_features(model, train, PIXELS, rank=rank, world=2) for rank in (0, 1)]
+    order = torch.cat([part.indices for part in parts]).argsort()
+    torch.testing.assert_close(torch.cat([part.features for part in parts])[order], whole.features)
+    assert torch.equal(torch.cat([part.targets for part in parts])[order], whole.targets)
+    idle = features.extract_features(model, train.subset(np.arange(1)), PIXELS, rank=1, world=2)
+    assert len(idle.indices) == 0
+
+
 def test_a_damaged_file_is_computed_anew(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, model = open_data(str(picture_folder)).train, micro()
     first = features.extract_features(model, train, PIXELS, cache=tmp_path)
