@@ -10,7 +10,7 @@ import torch
 
 from vitrail.config import ConfigError, replace_dotted
 from vitrail.models import MODELS, build
-from vitrail.studies import positions, shapes
+from vitrail.studies import distillation, positions, shapes
 
 
 def rows(scores: Mapping[str, float], **columns: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -67,3 +67,39 @@ def test_shapes_are_judged_by_what_a_doubling_of_the_cost_gains() -> None:
     assert slopes["width"]["value"] == pytest.approx(0.015, abs=2e-3)
     with pytest.raises(ConfigError, match=r"6 times 0\.3 is 1\.8, no whole number; nearest factor: 0\.33"):
         shapes.variants(shapes.Config(data="d", depths=(0.3,)))
+
+
+def test_distillation_builds_its_students_and_reads_the_matrix() -> None:
+    config = distillation.Config(data="d", image_size=(32, 32), teachers=("resnet", "vit"))
+    methods = distillation.students(config)
+    with torch.device("meta"):
+        models = {
+            name: build(replace_dotted(MODELS[kind["model"]], {**kind["overrides"], "image_size": (32, 32)}))
+            for name, kind in methods.items()
+        }
+    assert models["token"].config.depth == models["none"].config.depth
+    scores = {"none": 0.72, "soft": 0.72, "hard": 0.74, "token": 0.75}
+    found: list[dict[str, Any]] = [{**row, "variant": "", "model": "resnet", "teacher": ""} for row in rows({"r": 0.9})]
+    found += [{**row, "variant": "", "model": "vit", "teacher": ""} for row in rows({"v": 0.7})]
+    found += [{**row, "teacher": ""} for row in rows({"none": scores["none"]})]
+    for teacher, less in (("resnet", 0.0), ("vit", 0.02)):
+        taught = rows({name: score - less for name, score in scores.items() if name != "none"})
+        found += [{**row, "teacher": teacher} for row in taught]
+    names = ["ground truth", "none", *(f"teacher {t}" for t in ("resnet", "vit"))]
+    names += [f"token, {t}, {head}" for t in ("resnet", "vit") for head in distillation.HEADS]
+    for seed in range(3):
+        for a in names:
+            for b in names:
+                near = {a, b} == {"teacher resnet", "token, resnet, distillation"}
+                apart = 0.0 if a == b else 0.10 if near else 0.12
+                found.append({"seed": seed, "first": a, "second": b, "disagreement": apart})
+    told = distillation.conclude(config, found)
+    assert "token, resnet is 3.0 points better than no teacher" in told.answer
+    assert any("As a teacher through the token, a resnet is 2.0 points better than a vit" in line for line in told.sentences)
+    assert any(
+        "From the resnet that taught it the distillation head differs -2.0 (-2.0 to -2.0) points" in line
+        for line in told.sentences
+    )
+    matrix = told.tables[1]
+    assert matrix.columns == ["", "ground truth", "teacher resnet", "none", "class", "distillation", "joint"]
+    assert matrix.rows[1][5] == "0.100"

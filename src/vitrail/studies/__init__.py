@@ -25,6 +25,7 @@ class Entry(NamedTuple):
 
 STUDIES: dict[str, Entry] = {
     "breakeven": Entry("breakeven", "which family to use for this data, and when a plain ViT would overtake"),
+    "distillation": Entry("distillation", "soft, hard or token, from a CNN or a transformer; who agrees with whom"),
     "families": Entry("families", "ViT, hybrid, Swin, CvT, distilled DeiT and ResNet at equal size and cost"),
     "pooling": Entry("pooling", "class token or mean of the patches, each with its own learning rate"),
     "positions": Entry("positions", "none, 1-D, 2-D and relative positions, at the stem or in every layer"),

@@ -60,6 +60,7 @@ def _about(config: StudyConfig, rows: Sequence[Row]) -> str:
 
 
 def _runs(rows: Sequence[Row]) -> Table:
+    rows = [row for row in rows if "model" in row]  # comparisons of runs are in the file alone
     columns = [name for name in _COLUMNS if any(name in row for row in rows)]
     columns += [name for name in dict.fromkeys(n for row in rows for n in row) if name.startswith("top1@")]
     return Table("", columns, [[row.get(name, "") for name in columns] for row in rows])
