@@ -17,6 +17,7 @@ from vitrail.cli.parse import parse
 from vitrail.config import replace_dotted
 from vitrail.models import MODELS
 from vitrail.recipes import RECIPES
+from vitrail.studies.study import study
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -59,8 +60,16 @@ def test_commands_can_be_read(where: str, line: str) -> None:
     words = vitrail_words(line)
     assert words
     name = next(name for length in (2, 1) if (name := " ".join(words[:length])) in VERBS)
+    if words[-1] in ("-h", "--help"):
+        with pytest.raises(SystemExit) as leaving:
+            raise SystemExit(main(words))
+        assert leaving.value.code == 0
+        return
     module = importlib.import_module(f"vitrail.cli.{VERBS[name].module}")
-    arguments: Any = parse(module.Arguments, words[len(name.split()) :], prog="vitrail", examples="")
+    kind, rest = module.Arguments, words[len(name.split()) :]
+    if name == "study":
+        kind, rest = study(rest[0]).Config, rest[1:]
+    arguments: Any = parse(kind, rest, prog="vitrail", examples="")
     if name == "train":
         assert arguments.model in MODELS
         assert not arguments.recipe or arguments.recipe in RECIPES

@@ -20,7 +20,7 @@ EXAMPLES = """\
 vitrail probe photos/ --model vit_tiny_patch16_224,vit_small_patch16_224     published weights: which to fine-tune?
 vitrail probe photos/ --model runs/photos-resnet18,checkpoint.safetensors --out probe/    a page, JSON and CSV
 vitrail probe photos/ --model runs/photos-vit --shots 1,5 --methods ridge --no-full       the ViT paper's few-shot measure
-vitrail probe clips/ --model vivit_base_16x2 --clips 4                      videos: the mean over four clips"""
+vitrail probe clips/ --model vivit_base_16x2                                videos: the mean over the views of its card"""
 
 
 @dataclass(frozen=True)
