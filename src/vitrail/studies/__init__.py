@@ -30,6 +30,7 @@ STUDIES: dict[str, Entry] = {
     "pooling": Entry("pooling", "class token or mean of the patches, each with its own learning rate"),
     "positions": Entry("positions", "none, 1-D, 2-D and relative positions, at the stem or in every layer"),
     "resolution": Entry("resolution", "what a trained model gives at other picture and patch sizes, and what that costs"),
+    "robustness": Entry("robustness", "trained models on corrupted, moved, covered and shuffled pictures"),
     "scaling": Entry("scaling", "error by data size, model size and compute, and who still gains from data"),
     "shapes": Entry("shapes", "depth, width or patch size: which to scale"),
 }
