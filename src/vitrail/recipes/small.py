@@ -125,6 +125,9 @@ def vit_finetune() -> RunConfig:
     """A trained ViT on other pictures, as the paper does it (arXiv 2010.11929, appendix B.1.1): SGD, no decay, a head of zeros.
 
     vitrail train grocery/ --recipe vit_finetune --init-from vit_tiny_patch16_224.safetensors --image-size 96
+
+    With --lr 0.03 --steps 37 --warmup-steps 2 (3.0 T training FLOPs), top-1 on the 2,485 test photos: 62.6 %, n = 1 seed; the
+    same model from random weights for as many FLOPs: 17.7 %.
     """
     return RunConfig(
         model="vit_tiny_patch16_224",
