@@ -51,25 +51,32 @@ def _figure(chart: Chart) -> Figure:
         _plain_log(axes, chart)
     if chart.logy:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))  # every digit would crowd the upper end of a decade
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-        axes.yaxis.set_minor_formatter(PercentFormatter(1.0, symbol=" %") if chart.logy else NullFormatter())
     if chart.categories:
         long = max(map(len, chart.categories)) * len(chart.categories) > 60
         axes.set_xticks(
             range(len(chart.categories)), chart.categories, rotation=30 if long else 0, ha="right" if long else "center"
         )
         axes.set_xlim(-0.5, len(chart.categories) - 0.5)
-    if sum(bool(series.name) for series in chart.series) > 1:
+    named = sum(bool(series.name) for series in chart.series)
+    if 1 < named <= 5:
         axes.legend(loc="best", fontsize=9)
+    elif named > 1:
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8.5)
     return figure
 
 
 def _add(axes: Axes, series: Series, place: int, shift: float) -> None:
     colour, mark = PALETTE[place % len(PALETTE)], MARKS[place % len(MARKS)]
     x, y = np.asarray(series.x, float) + shift, np.asarray(series.y, float)
-    style = ("--" if series.dashed else "-") if series.line else ""
-    axes.plot(x, y, style, color=colour, marker="" if series.dashed else mark, markersize=5, label=series.name or None)
+    style = ("--" if series.dashed else "-") if series.line else "none"
+    axes.plot(
+        x, y, linestyle=style, color=colour, marker="" if series.dashed else mark, markersize=5, label=series.name or None
+    )
     if not len(series.low):
         return
     low, high = np.asarray(series.low, float), np.asarray(series.high, float)
@@ -80,10 +87,12 @@ def _add(axes: Axes, series: Series, place: int, shift: float) -> None:
 
 
 def _plain_log(axes: Axes, chart: Chart) -> None:
-    """Ticks at what was measured, where that is few values; else at powers of ten."""
+    """Ticks at what was measured, where that is few values, and at powers of ten beyond it; else at these alone."""
     values = sorted({float(x) for series in chart.series if not series.dashed for x in series.x})
+    reach = max(float(x) for series in chart.series for x in series.x)
     if 2 <= len(values) <= 8:
-        axes.set_xticks(values)
+        beyond = [10.0**power for power in range(20) if 1.5 * values[-1] < 10.0**power <= reach]
+        axes.set_xticks([*values, *beyond])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
