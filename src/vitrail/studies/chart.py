@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -90,7 +91,8 @@ def _plain_log(axes: Axes, chart: Chart) -> None:
     """Ticks at what was measured, where that is few values, and at powers of ten beyond it; else at these alone."""
     values = sorted({float(x) for series in chart.series if not series.dashed for x in series.x})
     reach = max(float(x) for series in chart.series for x in series.x)
-    if 2 <= len(values) <= 8:
+    apart = all(after / before >= 1.3 for before, after in pairwise(values))  # labels nearer to each other would meet
+    if 2 <= len(values) <= 8 and apart:
         beyond = [10.0**power for power in range(20) if 1.5 * values[-1] < 10.0**power <= reach]
         axes.set_xticks([*values, *beyond])
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
@@ -103,5 +105,5 @@ def _plain_log(axes: Axes, chart: Chart) -> None:
 
 def _short(x: float) -> str:
     if 1e-3 <= abs(x) < 1e6:
-        return f"{x:,.0f}" if x >= 100 else f"{x:g}"
+        return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
     return f"{x:.1e}".replace(".0e", "e").replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")

@@ -97,7 +97,8 @@ def judge(config: Config, data: Any, own: Any, size: int, patch: int) -> Row:
     flops = count_flops(model)
     row: Row = {
         "data": Path(config.data).name, "model": own.name or own.family, "size": size, "patch": patch,
-        "tokens": (size // patch) ** 2 if patch else 0, "flops_picture": flops, "own": size == min(own.config.image_size),
+        "tokens": (size // patch) ** 2 if patch else 0, "flops_picture": flops,
+        "own": size == min(own.config.image_size) and patch in (0, getattr(own.config, "patch", (0,))[0]),
     }  # fmt: skip
     if own.card is not None and own.card.classes == data.classes:
         report = evaluate(model, data, batch_size=config.batch_size, workers=0)
