@@ -40,7 +40,7 @@ def write_study(out: Path, name: str, config: StudyConfig, findings: Findings, r
     write_text(out / NUMBERS, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
     context = {
         "title": f"{Path(config.data).name} · {name}",
-        "subtitle": f"A study of {len(rows)} {'run' if len(rows) == 1 else 'runs'}: {STUDIES[name].summary}.",
+        "subtitle": f"A study of {_counted(rows)}: {STUDIES[name].summary}.",
         "answer": {"about": _about(config, rows), "answer": findings.answer, "sentences": findings.sentences},
         "charts": charts,
         "pictures": {"about": findings.pictures_about, "cards": findings.pictures} if findings.pictures else None,
@@ -52,11 +52,20 @@ def write_study(out: Path, name: str, config: StudyConfig, findings: Findings, r
     return out / PAGE
 
 
+def _counted(rows: Sequence[Row]) -> str:
+    """How many runs were trained, or how many measurements of trained models there are."""
+    trained = sum("steps" in row for row in rows)
+    count, noun = (trained, "run") if trained else (len(rows), "measurement")
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def _about(config: StudyConfig, rows: Sequence[Row]) -> str:
+    name = Path(config.data).name
     flops = sum(row.get("flops", 0) for row in rows)
-    spent = f" All runs together cost {flops:.1e} FLOPs." if flops else ""
+    if not flops:
+        return f"On {name}; nothing was trained."
     seeds = "one seed" if len(config.seeds) == 1 else f"{len(config.seeds)} seeds"
-    return f"On {Path(config.data).name}, {seeds}.{spent}"
+    return f"On {name}, {seeds}. All runs together cost {flops:.1e} FLOPs."
 
 
 def _runs(rows: Sequence[Row]) -> Table:
