@@ -7,10 +7,15 @@ from collections.abc import Callable
 from vitrail.config import RunConfig
 
 from .digits import digits
+from .motion import motion, motion_mvit, motion_slowfast, motion_x3d
 from .small import bit, cvt, deit_hard, deit_soft, hybrid, resnet, swin, vit, vit_finetune
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    recipe.__name__: recipe for recipe in (digits, vit, hybrid, deit_hard, deit_soft, swin, cvt, resnet, bit, vit_finetune)
+    recipe.__name__: recipe
+    for recipe in (
+        *(digits, vit, hybrid, deit_hard, deit_soft, swin, cvt, resnet, bit, vit_finetune),
+        *(motion, motion_mvit, motion_slowfast, motion_x3d),
+    )
 }
 
 __all__ = [
@@ -21,6 +26,10 @@ __all__ = [
     "deit_soft",
     "digits",
     "hybrid",
+    "motion",
+    "motion_mvit",
+    "motion_slowfast",
+    "motion_x3d",
     "resnet",
     "swin",
     "vit",

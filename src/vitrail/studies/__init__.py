@@ -33,6 +33,7 @@ STUDIES: dict[str, Entry] = {
     "robustness": Entry("robustness", "trained models on corrupted, moved, covered and shuffled pictures"),
     "scaling": Entry("scaling", "error by data size, model size and compute, and who still gains from data"),
     "shapes": Entry("shapes", "depth, width or patch size: which to scale"),
+    "video": Entry("video", "ViViT 1 to 4, TimeSformer's five schemes, MViT, X3D and SlowFast at equal cost"),
 }
 
 _PUBLIC = {"Cell": "grid", "Grid": "grid", "run_grid": "grid", "run_study": "study"}

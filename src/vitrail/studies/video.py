@@ -1,0 +1,175 @@
+"""Every family of video models at equal training cost: who sees the direction of time, and what that costs.
+
+ViViT's four models (arXiv 2103.15691, Table 2), TimeSformer's five schemes (2102.05095, Table 1), MViT (2104.11227) and the
+convolutional nets that they are compared with (X3D 2004.04730, SlowFast 1812.03982).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from vitrail.config import RunConfig, flat, unknown
+from vitrail.recipes import RECIPES
+from vitrail.recipes.motion import ENCODER
+from vitrail.studies.statistics import by, mean
+from vitrail.studies.study import Chart, Findings, Row, Runs, Series, StudyConfig, Table, directory, train_runs
+
+if TYPE_CHECKING:
+    from vitrail.models import Model
+
+EXAMPLES = """\
+vitrail study video motion --budget 4e11
+vitrail study video clips/ --contenders vivit,timesformer,mvit,x3d --train sampling=dense stride=4"""
+
+TIMESFORMER: dict[str, Any] = {**ENCODER, "patch": [8, 8]}
+# name: (recipe, another model than the recipe's, changes of the recipe's model or all settings of the other one)
+CONTENDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "vivit": ("motion", "", {}),
+    "vivit_encoder": ("motion", "", {"model": "factorised_encoder", "temporal_depth": 1}),
+    "vivit_attention": ("motion", "", {"model": "factorised_self_attention", "pool": "mean"}),
+    "vivit_product": ("motion", "", {"model": "factorised_dot_product", "pool": "mean"}),
+    "timesformer": ("motion", "timesformer_micro", TIMESFORMER),
+    "timesformer_space": ("motion", "timesformer_micro", {**TIMESFORMER, "attention": "space"}),
+    "timesformer_joint": ("motion", "timesformer_micro", {**TIMESFORMER, "attention": "joint"}),
+    "timesformer_local_global": ("motion", "timesformer_micro", {**TIMESFORMER, "attention": "local_global"}),
+    "timesformer_axial": ("motion", "timesformer_micro", {**TIMESFORMER, "attention": "axial"}),
+    "mvit": ("motion_mvit", "", {}),
+    "x3d": ("motion_x3d", "", {}),
+    "slowfast": ("motion_slowfast", "", {}),
+}
+PASSES = 7  # of a batch, to take the median time of
+
+
+@dataclass(frozen=True)
+class Config(StudyConfig):
+    """Compare video models, trained as the recipe `motion` says, at equal training FLOPs.
+
+    On `motion` it also says how well each tells a motion from its reversal: half of the time, for a model that does not look at
+    the order of frames.
+    """
+
+    image_size: tuple[int, int] = (32, 32)  # height,width in pixels that models see; one number for a square
+    contenders: tuple[str, ...] = tuple(CONTENDERS)  # which of them take part
+
+
+def plan(config: Config) -> list[Runs]:
+    """All contenders. Raises ConfigError for an unknown one."""
+    models = {}
+    kept = {"data", "image_size", "batch_size", "precision", "eval_every", "epochs", "warmup_epochs", *config.settings}
+    defaults = flat(RunConfig())
+    for name in config.contenders:
+        if name not in CONTENDERS:
+            raise unknown("contender", name, CONTENDERS)
+        recipe, model, changes = CONTENDERS[name]
+        settings = flat(RECIPES[recipe]())
+        chosen = {key: value for key, value in settings.items() if key not in kept and value != defaults[key]}
+        overrides = changes if model else {**settings["overrides"], **changes}
+        models[name] = {**chosen, "model": model or settings["model"], "overrides": overrides}
+    return [Runs(models=models)]
+
+
+def measure(config: Config) -> list[Row]:
+    """Train, or go on; then judge what was trained by its reversals, and measure time and memory beside each other."""
+    from vitrail.checkpoints import load_model
+    from vitrail.evaluation.metrics import Report
+
+    rows = train_runs("video", config, plan(config))
+    models = {}
+    for row in rows:
+        folder = directory("video", config) / row["folder"]
+        report = Report.load(folder / "evaluation.json")
+        row |= {name: right / max(answered, 1) for name, (right, answered) in reversals(report).items()}
+        if row["model"] not in models:
+            models[row["model"]] = load_model(folder, quiet=True)
+    costs = measure_costs(models, config.batch_size)
+    return [{**row, **costs[row["model"]]} for row in rows]
+
+
+def reversals(report: Any) -> dict[str, tuple[int, int]]:
+    """Of every pair of opposite motions, and of all ("reversals"), (right, all) of the answers within it; {} for other data."""
+    from vitrail.data.embedded.motion import MOTIONS
+
+    if tuple(report.classes) != MOTIONS:
+        return {}
+    found = {f"{a}/{b}": report.between(a, b) for a, b in zip(MOTIONS[::2], MOTIONS[1::2], strict=True)}
+    return {"reversals": (sum(right for right, _ in found.values()), sum(n for _, n in found.values())), **found}
+
+
+def measure_costs(models: Mapping[str, Model], batch_size: int) -> dict[str, dict[str, float]]:
+    """Per model: MFLOPs and milliseconds of a clip in a forward pass (models take turns), MiB that training a batch takes."""
+    import torch
+
+    from vitrail.cost import count_flops, forecast_memory
+
+    inputs = {name: torch.randn(batch_size, *model.input_shape) for name, model in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for _ in range(PASSES + 1):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model.eval()(inputs[name])
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "mflops": count_flops(model) / 1e6,
+            "milliseconds": 1e3 * median(seconds[name][1:]) / batch_size,
+            "mebibytes": forecast_memory(model, batch_size).activations / 2**20,
+        }
+        for name, model in models.items()
+    }
+
+
+def conclude(config: Config, rows: Sequence[Row]) -> Findings:
+    """Accuracy beside cost; on `motion` how often a motion and its reversal are told apart."""
+    groups = by(rows, "model")
+    tops = {name: mean(row["top1"] for row in group) for name, group in groups.items()}
+    best = sorted(groups, key=lambda name: -tops[name].value)
+    cheapest = min(groups, key=lambda name: groups[name][0]["mflops"])
+    answer = (
+        f"Best after {config.budget:.1e} training FLOPs: {best[0]}, top-1 {tops[best[0]].percent()} %; "
+        f"cheapest per clip: {cheapest} ({groups[cheapest][0]['mflops']:.1f} MFLOPs), top-1 {tops[cheapest].percent()} %."
+    )
+    motion = all("reversals" in row for row in rows)
+    sentences = []
+    if motion:
+        apart = {name: mean(row["reversals"] for row in group) for name, group in groups.items()}
+        blind = [name for name in best if apart[name].low <= 0.5]
+        sentences.append(
+            "A motion and its reversal, among the answers that named one of the two: "
+            + ", ".join(f"{name} {apart[name].percent()} %" for name in best)
+            + "."
+        )
+        if blind:
+            sentences.append(f"No better than a coin by that measure: {', '.join(blind)}.")
+    columns = ["model", "parameters", "MFLOPs a clip", "ms a clip", "MiB a batch", "steps", "top-1", "spread", "seeds"]
+    table = Table(
+        "Top-1 accuracy in percent, mean and 95 % interval",
+        [*columns, "reversals"] if motion else columns,
+        [_row(name, groups[name], motion) for name in best],
+        note="MFLOPs and ms of a forward pass; MiB of activations while training a batch, a forecast; spread: sample standard "
+        "deviation over seeds; reversals: of the answers that named a motion or its reversal, how many were right",
+    )
+    points = [Series(name, [groups[name][0]["mflops"]], [tops[name].value], [tops[name].low], [tops[name].high], line=False)
+              for name in best]  # fmt: skip
+    chart = Chart("video", "Accuracy and cost", "MFLOPs of a clip", "top-1", points, logx=True, percent=True)
+    numbers = {"top1": {name: tops[name]._asdict() for name in best}}
+    return Findings(answer=answer, sentences=sentences, tables=[table], charts=[chart], numbers=numbers)
+
+
+def _row(name: str, rows: Sequence[Mapping[str, Any]], motion: bool) -> list[Any]:
+    first, top = rows[0], mean(row["top1"] for row in rows)
+    cells = [
+        name, f"{first['parameters'] / 1e3:.0f} k", f"{first['mflops']:.1f}", f"{first['milliseconds']:.2f}",
+        f"{first['mebibytes']:.0f}", f"{first['steps']:,}", top.percent(),
+        f"{100 * _spread([row['top1'] for row in rows]):.1f}", ", ".join(f"{100 * row['top1']:.1f}" for row in rows),
+    ]  # fmt: skip
+    return [*cells, mean(row["reversals"] for row in rows).percent()] if motion else cells
+
+
+def _spread(values: Sequence[float]) -> float:
+    middle = fmean(values)
+    return (sum((value - middle) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
