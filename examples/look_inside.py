@@ -26,7 +26,7 @@ def main(model: Path, pictures: tuple[Path, ...], /, out: Path = Path("attention
         view = look(net, Normalise(net.card.preprocess)(pixels[None]))
         if view is None:
             raise SystemExit(f"{model} has no attention to look at")
-        left, right = (overlay(pixels, attention[0, 0]) for attention in (view.last, view.rollout))
+        left, right = (overlay(pixels, placed.over(*pixels.shape[1:])[0].mean(0)) for placed in (view.last, view.rollout))
         side_by_side = Image.new("RGB", (left.width + right.width, left.height))
         side_by_side.paste(left, (0, 0))
         side_by_side.paste(right, (left.width, 0))

@@ -178,11 +178,11 @@ class AugmentConfig:
 class ObjectiveConfig:
     """What is minimised, and what is done about unequal classes."""
 
-    objective: Literal["classify", "masked", "mae"] = "classify"  # masked, mae: learn from pictures alone, without labels
     loss: Literal["ce", "bce"] = "ce"  # softmax cross-entropy, or one sigmoid per class
     label_smoothing: float = 0.0  # share of the target spread over all classes
     balance: Literal["none", "weights", "sampler", "logit-adjustment"] = "none"  # correction of unequal class counts
     balance_power: float = 0.5  # 0 = no correction, 0.5 = square root, 1 = full inverse frequency
+    objective: Literal["classify", "masked", "mae"] = "classify"  # masked, mae: learn from pictures alone, without labels
 
 
 @dataclass(frozen=True)

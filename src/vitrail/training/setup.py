@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,30 +14,26 @@ import torch
 from torch import nn
 from torch.amp.grad_scaler import GradScaler
 
-from vitrail.checkpoints import load_checkpoint_card, load_model
-from vitrail.checkpoints import pretrained as published
+from vitrail.checkpoints import load_checkpoint_card
 from vitrail.checkpoints.pretext import build_pretext, needs_labels
 from vitrail.config import (
     ConfigError,
-    ModelCard,
     Preprocess,
     RunConfig,
     flat,
     load,
-    replace_dotted,
     replace_flat,
     to_dict,
-    unknown,
 )
 from vitrail.cost import memory_format, pick_precision
 from vitrail.data import Data, ImageDataset, TrainLoader, open_data
 from vitrail.data.embedded import NAMES as EMBEDDED
 from vitrail.data.images import DecodeMode
-from vitrail.models import MODELS, Model, build
 from vitrail.models.deit import BothLogits, DeiT
 from vitrail.models.pretext import Pretext
 
 from . import schedule
+from .build import build_model, make_card, settle_preprocess, start_weights
 from .distillation import Distill
 from .distributed import Ranks
 from .evaluators import Evaluator, FewShotEvaluator, SplitEvaluator
@@ -223,27 +218,14 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
 
     Raises ConfigError (a ValueError) for whatever of the settings, data or weights cannot be used.
     """
-    config = request.config
-    labelled = needs_labels(config.objective)
-    if config.data_config.unlabelled == labelled:
-        config = _with_labels_or_not(config, labelled)
-    data = _open(request, config)
+    config, data, notes = _settle(request, ranks, custom=objective is not None)
     assert data.train is not None
-    notes = data.notes
-    if config.preset == "auto" and not request.resumed:
-        config, reasons = choose(config, request.explicit, data, ranks.device)
-        notes += reasons
-    if not labelled:
-        config = without_label_settings(config, request.explicit)
-        check_settings(config, objective is not None)
-    if reason := why_not_to_mirror(config, request.explicit, data):
-        config = replace_flat(config, {"hflip": 0.0})
-        notes += (reason,)
+    labelled = needs_labels(config.objective)
     torch.manual_seed(config.seed)
-    model = _build_model(config, request.explicit, data.classes if labelled else ())
+    model = build_model(config, request.explicit, data.classes if labelled else ())
     if not config.pretrained:  # whose name may hold a tag
         config = dataclasses.replace(config, model=model.name or config.model)
-    preprocess = _preprocess(config, model)
+    preprocess = settle_preprocess(config, model)
     pretext = None if labelled else build_pretext(config.objective.objective, config.self_supervision, model, preprocess)
     precision = pick_precision(config.precision, ranks.device)
     trained = model if pretext is None else pretext
@@ -259,14 +241,8 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         workers=config.data_config.workers, mode=mode,
         weights=sampler_weights(config.objective, data.train), pin_memory=ranks.device.type == "cuda",
     )  # fmt: skip
-    teacher = None
-    if config.distillation.teacher:
-        if objective is not None:
-            raise ConfigError("a teacher and an objective of your own were given; give one of them")
-        teacher = build_teacher(config.distillation, data, preprocess, ranks.device, precision)
-        if config.distillation.teacher_cache:
-            store_answers(teacher, loader, config.augment, config.distillation.teacher_cache, mode, ranks)
-    elif objective is None and labelled and isinstance(model, DeiT):
+    teacher = _teacher(config, data, preprocess, ranks, loader, mode, objective)
+    if teacher is None and objective is None and labelled and isinstance(model, DeiT):
         notes += (_leave_to_the_labels(model),)
     if labelled:
         source = start_weights(config)
@@ -288,7 +264,7 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
         path=request.path,
         ranks=ranks,
         data=data,
-        card=_card(config, model, data, preprocess, teacher),
+        card=make_card(config, model, data, preprocess, teacher),
         state=state,
         runner=torch.compile(replica) if config.compile else replica,  # type: ignore[arg-type]
         inputs=Inputs(preprocess, config.augment, len(data.classes), config.seed, layout, teacher).to(ranks.device),
@@ -304,6 +280,41 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
     if config.probe_shots:
         job.probe = FewShotEvaluator(data.train, validation, config.probe_shots)
     return job
+
+
+def _settle(request: Request, ranks: Ranks, custom: bool) -> tuple[RunConfig, Data, tuple[str, ...]]:
+    """The settings that follow from the data, the data, and what is worth saying of both; `custom`: an objective was given."""
+    config = request.config
+    labelled = needs_labels(config.objective)
+    if config.data_config.unlabelled == labelled:
+        config = _with_labels_or_not(config, labelled)
+    data = _open(request, config)
+    notes = data.notes
+    if config.preset == "auto" and not request.resumed:
+        config, reasons = choose(config, request.explicit, data, ranks.device)
+        notes += reasons
+    if not labelled:
+        config = without_label_settings(config, request.explicit)
+        check_settings(config, custom)
+    if reason := why_not_to_mirror(config, request.explicit, data):
+        config = replace_flat(config, {"hflip": 0.0})
+        notes += (reason,)
+    return config, data, notes
+
+
+def _teacher(
+    config: RunConfig, data: Data, preprocess: Preprocess, ranks: Ranks, loader: TrainLoader, mode: DecodeMode,
+    objective: Objective | None,
+) -> Teacher | None:  # fmt: skip
+    """The teacher asked for, its answers stored where they are to be."""
+    if not config.distillation.teacher:
+        return None
+    if objective is not None:
+        raise ConfigError("a teacher and an objective of your own were given; give one of them")
+    teacher = build_teacher(config.distillation, data, preprocess, ranks.device, config.precision)
+    if config.distillation.teacher_cache:
+        store_answers(teacher, loader, config.augment, config.distillation.teacher_cache, mode, ranks)
+    return teacher
 
 
 def _with_labels_or_not(config: RunConfig, labelled: bool) -> RunConfig:
@@ -349,28 +360,6 @@ def fingerprint(dataset: ImageDataset) -> str:
     return hashlib.blake2b(np.ascontiguousarray(dataset.targets).tobytes(), digest_size=8).hexdigest()
 
 
-def _build_model(config: RunConfig, explicit: frozenset[str], classes: tuple[str, ...]) -> Model:
-    changes: dict[str, Any] = {**config.overrides, "num_classes": len(classes)}
-    if config.input.image_size is not None:
-        changes["image_size"] = config.input.image_size
-    if config.input.channels is not None:
-        changes["in_channels"] = config.input.channels
-    if config.input.frames is not None:
-        changes["frames"] = config.input.frames
-    if source := start_weights(config):
-        model = load_model(source, **changes)
-        if config.init_from and config.model not in ("", model.name) and "model" in explicit:
-            raise ConfigError(f"init_from is a {model.name or model.family}, model says {config.model}: give one of them")
-        if model.card is None or model.card.classes != classes:
-            model.reset_head(len(classes))
-        return model
-    if config.model not in MODELS:
-        raise unknown("model", config.model, MODELS)
-    if config.input.frames is not None and "frames" not in to_dict(MODELS[config.model]):
-        raise ConfigError(f"{config.model} takes pictures, so frames {config.input.frames} cannot be set")
-    return build(replace_dotted(MODELS[config.model], changes), config.model)
-
-
 def why_not_to_mirror(config: RunConfig, explicit: frozenset[str], data: Data) -> str:
     """Why flips are switched off, or "": mirroring would give samples of one side the label of the other.
 
@@ -380,41 +369,3 @@ def why_not_to_mirror(config: RunConfig, explicit: frozenset[str], data: Data) -
     if not sided or "hflip" in explicit or not config.augment.hflip:
         return ""
     return f"no mirrored samples, because the class {sided!r} names a side; --hflip 0.5 mirrors all the same"
-
-
-def start_weights(config: RunConfig) -> str:
-    """What training starts from, as load_model takes it; "" for random weights."""
-    if not config.pretrained:
-        return config.init_from
-    if config.init_from:
-        raise ConfigError("init_from and pretrained both name weights to start from; give one of them")
-    model, _, tag = config.model.partition(".")
-    return published.choose(model, tag).source
-
-
-def _preprocess(config: RunConfig, model: Model) -> Preprocess:
-    """The user's wishes over those of the weights."""
-    base = (model.card.preprocess if model.card else None) or Preprocess()
-    if len(base.mean) not in (1, model.config.in_channels):  # weights of another number of channels
-        base = dataclasses.replace(base, mean=(fmean(base.mean),), std=(fmean(base.std),))
-    wishes = {f.name: getattr(config.input, f.name) for f in dataclasses.fields(config.input)}
-    wishes |= {"image_size": tuple(model.config.image_size), "channels": model.config.in_channels}
-    wishes["frames"] = model.input_shape[1] if model.takes_clips else 0
-    return dataclasses.replace(base, **{name: value for name, value in wishes.items() if value is not None})
-
-
-def _card(config: RunConfig, model: Model, data: Data, preprocess: Preprocess, teacher: Teacher | None) -> ModelCard:
-    before = model.card or ModelCard()
-    origin = (*before.provenance, f"from {start}") if (start := start_weights(config)) else ("random weights",)
-    if teacher is not None:
-        origin += (f"taught by {teacher.found.name} ({teacher.identity})",)
-    labelled, kind = needs_labels(config.objective), config.objective.objective
-    what = "trained" if labelled else f"pre-trained without labels ({kind})"
-    return ModelCard(
-        name=model.name or before.name,
-        classes=data.classes if labelled else (),
-        multi_label=data.multi_label and labelled,
-        preprocess=preprocess,
-        licence=before.licence,
-        provenance=(*origin, f"{what} by vitrail on {data.name}, seed {config.seed}"),
-    )

@@ -1,0 +1,81 @@
+"""The model of a run: made or loaded as the settings say, with its preprocessing and its card."""
+
+from __future__ import annotations
+
+import dataclasses
+from statistics import fmean
+from typing import Any
+
+from vitrail.checkpoints import load_model
+from vitrail.checkpoints import pretrained as published
+from vitrail.checkpoints.pretext import needs_labels
+from vitrail.config import ConfigError, ModelCard, Preprocess, RunConfig, replace_dotted, to_dict, unknown
+from vitrail.data import Data
+from vitrail.models import MODELS, Model, build
+
+from .teacher import Teacher
+
+
+def build_model(config: RunConfig, explicit: frozenset[str], classes: tuple[str, ...]) -> Model:
+    """A model of the settings with a head for `classes`: random, or with the weights to start from.
+
+    Raises ConfigError where settings contradict each other or the weights, CheckpointError for weights that cannot be read.
+    """
+    changes: dict[str, Any] = {**config.overrides, "num_classes": len(classes)}
+    if config.input.image_size is not None:
+        changes["image_size"] = config.input.image_size
+    if config.input.channels is not None:
+        changes["in_channels"] = config.input.channels
+    if config.input.frames is not None:
+        changes["frames"] = config.input.frames
+    if source := start_weights(config):
+        model = load_model(source, **changes)
+        if config.init_from and config.model not in ("", model.name) and "model" in explicit:
+            raise ConfigError(f"init_from is a {model.name or model.family}, model says {config.model}: give one of them")
+        if model.card is None or model.card.classes != classes:
+            model.reset_head(len(classes))
+        return model
+    if config.model not in MODELS:
+        raise unknown("model", config.model, MODELS)
+    if config.input.frames is not None and "frames" not in to_dict(MODELS[config.model]):
+        raise ConfigError(f"{config.model} takes pictures, so frames {config.input.frames} cannot be set")
+    return build(replace_dotted(MODELS[config.model], changes), config.model)
+
+
+def start_weights(config: RunConfig) -> str:
+    """What training starts from, as load_model takes it; "" for random weights."""
+    if not config.pretrained:
+        return config.init_from
+    if config.init_from:
+        raise ConfigError("init_from and pretrained both name weights to start from; give one of them")
+    model, _, tag = config.model.partition(".")
+    return published.choose(model, tag).source
+
+
+def settle_preprocess(config: RunConfig, model: Model) -> Preprocess:
+    """The user's wishes over those of the weights."""
+    base = (model.card.preprocess if model.card else None) or Preprocess()
+    if len(base.mean) not in (1, model.config.in_channels):  # weights of another number of channels
+        base = dataclasses.replace(base, mean=(fmean(base.mean),), std=(fmean(base.std),))
+    wishes = {f.name: getattr(config.input, f.name) for f in dataclasses.fields(config.input)}
+    wishes |= {"image_size": tuple(model.config.image_size), "channels": model.config.in_channels}
+    wishes["frames"] = model.input_shape[1] if model.takes_clips else 0
+    return dataclasses.replace(base, **{name: value for name, value in wishes.items() if value is not None})
+
+
+def make_card(config: RunConfig, model: Model, data: Data, preprocess: Preprocess, teacher: Teacher | None) -> ModelCard:
+    """What travels with the trained weights: classes, preprocessing, licence, and where all of it comes from."""
+    before = model.card or ModelCard()
+    origin = (*before.provenance, f"from {start}") if (start := start_weights(config)) else ("random weights",)
+    if teacher is not None:
+        origin += (f"taught by {teacher.found.name} ({teacher.identity})",)
+    labelled, kind = needs_labels(config.objective), config.objective.objective
+    what = "trained" if labelled else f"pre-trained without labels ({kind})"
+    return ModelCard(
+        name=model.name or before.name,
+        classes=data.classes if labelled else (),
+        multi_label=data.multi_label and labelled,
+        preprocess=preprocess,
+        licence=before.licence,
+        provenance=(*origin, f"{what} by vitrail on {data.name}, seed {config.seed}"),
+    )
