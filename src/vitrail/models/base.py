@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +33,7 @@ class Model(nn.Module, ABC):
         self.name = ""
         self.card: Any = None
         self.checkpointing = False
+        self.around_block: Callable[..., Tensor] | None = None
         self.frozen: tuple[str, ...] = ()  # submodules that stay in eval mode while the model trains
 
     def train(self, mode: bool = True) -> Model:  # type: ignore[override]
@@ -122,10 +125,30 @@ class Model(nn.Module, ABC):
         self.checkpointing = on
 
     def run_block(self, block: nn.Module, x: Tensor, *args: Any) -> Tensor:
-        """One block, recomputed in the backward pass where that is switched on."""
+        """One block, recomputed in the backward pass where that is switched on; see `intercept_blocks`."""
+        if self.around_block is not None:
+            return self.around_block(block, x, *args)
         if self.checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, *args, use_reentrant=False)
         return block(x, *args)
+
+
+@contextmanager
+def intercept_blocks(model: Model, around: Callable[..., Tensor]) -> Iterator[None]:
+    """While inside, `around(name, block, x, *args)` is called in place of every `block(x, *args)` of a model.
+
+    The way to read or change what blocks pass on, as attention's recorder is the way to its probabilities. A compiled model
+    must be given as it was before compiling.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    parts = [module for module in model.modules() if isinstance(module, Model)]
+    try:
+        for part in parts:
+            part.around_block = lambda block, x, *args: around(names[id(block)], block, x, *args)
+        yield
+    finally:
+        for part in parts:
+            part.around_block = None
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
