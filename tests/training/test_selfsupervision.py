@@ -64,7 +64,7 @@ def test_guesses_improve_within_seconds(
     assert run.metrics[measure] > reached
     shown = capsys.readouterr().out
     assert "classes  labels are not used" in shown
-    assert f"--init-from {run.path}" in shown
+    assert f"--from {run.path}" in shown
     final = next(record for record in run.history if record["kind"] == "final")
     assert final[measure] == pytest.approx(run.metrics[measure], rel=1e-6)
 
@@ -99,7 +99,7 @@ def test_the_encoder_is_kept_and_goes_on_to_labels(fit: Fit, tmp_path: Path, sam
     assert card.classes == ()
     assert card.provenance[-1].startswith("pre-trained without labels (mae) by vitrail on")
     assert load_model(run.path).config.num_classes == 0
-    with pytest.raises(ConfigError, match=r"answers no classes.*--init-from"):
+    with pytest.raises(ConfigError, match=r"answers no classes.*--from"):
         evaluate(run.model, samples, progress=False)
     tuned = fit(model="vit_micro_patch4_16", init_from=str(run.path), lr=0.0, out=str(tmp_path / "tuned"))
     before, after = files(run), load_file(tuned.path / "model" / "model.safetensors")

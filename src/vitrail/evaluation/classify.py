@@ -208,7 +208,7 @@ def _check_fit(model: Model, data: Data) -> None:
     if not model.config.num_classes:
         raise ConfigError(
             "the model answers no classes (it was trained without labels, or its classifier was taken off); give it some: "
-            "vitrail train DATA --init-from RUN"
+            "vitrail train DATA --from RUN"
         )
     count, names = model.config.num_classes, tuple(model.card.classes) if model.card else ()
     if count != len(data.classes):

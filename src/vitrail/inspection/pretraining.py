@@ -83,14 +83,14 @@ def _result(run: RunRecord, model: Model, pretext: Pretext, problem: str) -> Con
     if run.minutes is not None:
         facts.append({"name": "training time", "value": as_time(run.minutes), "note": ""})
     return {
-        "about": f"{pretext.describe()}. What is hidden of a picture is the same in every evaluation.",
+        "about": f"{pretext.describe().capitalize()}. What is hidden of a picture is the same in every evaluation.",
         "value": "–" if value is None else percent(value, 1),
         "name": told,
         "reference": reference,
         "split": f"the {split} pictures" if split else "no picture: there was no validation or test split",
         "facts": facts,
         "notes": (f"The data could not be opened, so no pictures are shown: {problem}",) if problem else (),
-        "go_on": f"vitrail train DATA --init-from {run.path}",
+        "go_on": f"vitrail train DATA --from {run.path}",
     }
 
 

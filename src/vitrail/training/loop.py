@@ -305,7 +305,7 @@ def _finish(job: Job, log: Log, screen: Screen) -> Run:
             screen.say(f"best      step {p.best_step:,}: {p.best:.4f}, in {job.path / BEST}")
         screen.say(f"final     step {p.step:,}, in {job.path / FINAL}")
         if job.state.pretext is not None:
-            screen.say(f"go on     fine-tune with: vitrail train DATA --init-from {job.path}")
+            screen.say(f"go on     fine-tune with: vitrail train DATA --from {job.path}")
     return Run(job.path, model.eval(), job.config, metrics, log.history, report, job.ranks.main)
 
 
