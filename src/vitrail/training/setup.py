@@ -18,6 +18,7 @@ from vitrail.checkpoints import load_checkpoint_card
 from vitrail.checkpoints.pretext import build_pretext, needs_labels
 from vitrail.config import (
     ConfigError,
+    ModelCard,
     Preprocess,
     RunConfig,
     flat,
