@@ -84,4 +84,4 @@ def _cells(cells: Cells) -> dict[str, Any]:
 
 
 def _pack(values: Tensor, kind: type) -> str:
-    return base64.b64encode(np.ascontiguousarray(values.cpu().numpy().astype(kind))).decode()
+    return base64.b64encode(values.cpu().numpy().astype(kind).tobytes()).decode()
