@@ -132,7 +132,7 @@ def calibration(bins: Sequence[CalibrationBin]) -> Markup:
         return svg(figure, "calibration diagram")
 
 
-def distances(layers: Sequence[Float[Tensor, " k"]], even: Sequence[float]) -> Markup:
+def distances(layers: Sequence[Float[Tensor, " _"]], even: Sequence[float]) -> Markup:
     """Mean attention distance in pixels of every head, layer by layer; `even`: if all patches in reach got the same."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
