@@ -32,6 +32,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "study": Verb("study", "run an experiment over many models, sizes and seeds, with a page at the end"),
     },
     "Use": {
+        "inspect": Verb("inspect", "look into a model: attention, rollout, distances, filters, layers; one page"),
         "predict": Verb("predict", "name what is in pictures: files, folders, patterns or paths from stdin"),
         "convert": Verb("convert", "read any checkpoint and write it in another format"),
     },

@@ -242,12 +242,18 @@ def to_pil(picture: UInt8[Tensor, "c h w"]) -> Image.Image:
     return Image.fromarray(array[0] if array.shape[0] < 3 else np.ascontiguousarray(array[:3].transpose(1, 2, 0)))
 
 
-def overlay(picture: UInt8[Tensor, "c h w"], attention: Float[Tensor, "rows columns"]) -> Image.Image:
-    """Attention shown as light through the panes of a window: each patch is as bright as its share of the largest one."""
+def overlay(
+    picture: UInt8[Tensor, "c h w"], attention: Float[Tensor, "rows columns"], largest: float | None = None
+) -> Image.Image:
+    """Attention shown as light through the panes of a window: each patch is as bright as its share of the largest one.
+
+    largest: what is as bright as can be, where several pictures share a scale; by default the largest of this one.
+    """
     image = to_pil(picture).convert("RGB")
     scale = max(1, -(-SMALL_PICTURE * 2 // max(image.size)))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    strength = (attention / attention.max().clamp_min(1e-12)).float().cpu().numpy()
+    top = float(attention.max()) if largest is None else largest
+    strength = (attention / max(top, 1e-12)).float().cpu().numpy()
     panes = Image.fromarray((255 * strength).round().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
     light = np.asarray(panes, dtype=np.float32)[..., None] / 255
     shown = np.asarray(image, dtype=np.float32) * (0.22 + 0.78 * light)

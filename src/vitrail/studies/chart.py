@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
-from vitrail.checkpoints.io import replacing, write_text
-from vitrail.inspection.draw import STYLE, light, svg
+from vitrail.inspection.charts import publish
 from vitrail.studies.study import Chart, Series
 
 # The tones of a stained-glass window that can be told apart on light and on dark paper.
@@ -24,18 +21,7 @@ MARKS = "osD^vPX*"
 
 def draw(chart: Chart, out: Path) -> Markup:
     """Write the chart into `out` as NAME.png and NAME.svg; returns it as inline SVG for a page."""
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(chart)
-        inline = svg(figure, chart.title)
-    with matplotlib.rc_context({**STYLE, **light(STYLE)}):
-        figure, buffer = _figure(chart), io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=160, facecolor="white")
-        with replacing(out / f"{chart.name}.png") as temporary:
-            temporary.write_bytes(buffer.getvalue())
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", facecolor="white", metadata={"Date": None})
-        write_text(out / f"{chart.name}.svg", drawn.getvalue())
-    return inline
+    return publish(lambda: _figure(chart), chart.title, out / chart.name)
 
 
 def _figure(chart: Chart) -> Figure:

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vitrail.cli import main
+from vitrail.config import ConfigError
+from vitrail.inspection.inspect import inspect
+from vitrail.inspection.views import VIEWS, missing
+from vitrail.models import create_model
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    """Five pictures of different sizes and shapes, none of them the model's."""
+    generator = np.random.default_rng(0)
+    paths = []
+    for number, size in enumerate([(40, 30), (20, 20), (17, 61), (33, 16), (64, 64)]):
+        paths.append(str(tmp_path / f"p{number}.png"))
+        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(paths[-1])
+    return paths
+
+
+def lively(name: str, **settings):
+    torch.manual_seed(0)
+    model = create_model(name, **settings)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_all_views_of_a_model_as_files_and_on_one_page_that_is_the_same_again(pictures: list[str], tmp_path: Path) -> None:
+    contents = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        page, problems = inspect(lively("deit_micro"), [*pictures, str(tmp_path / "none.png")], out, name="d<b>", shown=2)
+        assert len(problems) == 1
+        assert "none.png" in problems[0]
+        contents.append({path.name: path.read_bytes() for path in sorted(out.iterdir()) if path != page})
+    assert contents[0] == contents[1]
+    text = page.read_text()
+    assert "d&lt;b&gt;" in text
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text), "nothing is fetched"
+    assert text.count('<div class="hover"') == 2
+    assert "biases" not in re.findall(r'id="view-(\w+)"', text)
+    assert set(re.findall(r'id="view-(\w+)"', text)) == set(VIEWS) - {"biases"}
+    for name in ("distance-space", "tokens", "cka"):
+        assert {f"{name}.png", f"{name}.svg"} <= set(contents[0])
+    assert {"filters.png", "positions-0.png", "rollout-p1-rollout.png", "relevance-p0-grad-cam.png"} <= set(contents[0])
+    shares = [row for row in rows(out / "rollout.csv") if (row["picture"], row["map"]) == ("p0.png", "rollout")]
+    assert len(shares) == 16
+    assert 0 < sum(float(row["share"]) for row in shares) <= 1 + 1e-4
+    assert len(rows(out / "distance.csv")) == 3 * 4
+    assert [row["block"] for row in rows(out / "lens.csv")][:4] == ["input", *(f"backbone.blocks.{i}" for i in range(3))]
+    packed = json.loads((out / "attention.json").read_text())
+    assert packed["p0.png"]["layers"][0]["tokens"] == ["class token", "distillation token"]
+
+
+def test_two_models_side_by_side(pictures: list[str], tmp_path: Path) -> None:
+    page, _ = inspect(
+        lively("swin_micro"), pictures, tmp_path / "out", shown=1, views=("rollout", "cka"),
+        other=lively("cvt_micro", class_token=False),
+    )  # fmt: skip
+    assert {row["CKA"] != "" for row in rows(tmp_path / "out" / "cka-between.csv")} == {True}
+    assert (tmp_path / "out" / "a" / "rollout.csv").is_file()
+    assert (tmp_path / "out" / "b" / "rollout.csv").is_file()
+    assert "between the two" in page.read_text()
+
+
+def test_a_clip_over_space_and_time(tmp_path: Path) -> None:
+    page, _ = inspect(lively("timesformer_micro"), ["motion"], tmp_path / "out", shown=1, measured=2)
+    assert {row["axis"] for row in rows(tmp_path / "out" / "distance.csv")} == {"space", "time"}
+    assert len(json.loads((tmp_path / "out" / "attention.json").read_text())) == 1
+    assert "it needs at least 4 clips, and 2 were given" in page.read_text()
+
+
+def test_a_view_without_meaning_is_refused_by_name(pictures: list[str], tmp_path: Path) -> None:
+    model = lively("resnet_micro")
+    told = r"r has no view 'rollout': the model has no attention; its views here: relevance, filters, lens, cka"
+    with pytest.raises(ConfigError, match=told):
+        inspect(model, pictures, tmp_path / "out", name="r", views=("rollout",))
+    with pytest.raises(ConfigError, match="rollout"):
+        inspect(model, pictures, tmp_path / "out", views=("rolout",))
+    page, _ = inspect(model, pictures, tmp_path / "out", shown=1)
+    assert set(re.findall(r'id="view-(\w+)"', page.read_text())) == {"relevance", "filters", "lens", "cka"}
+    lonely = lively("slowfast_micro", nonlocals=((), (0,)))
+    assert "convolutions lie between" in missing(lonely, 4)["rollout"]
+    assert "distance" not in missing(lonely, 4)
+
+
+def test_weights_alone_and_inputs_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "vit_micro_patch4_16", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    said = capsys.readouterr()
+    assert str(tmp_path / "out" / "inspect.html") in said.out
+    assert "weights are random" in said.err
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "filters.csv", "filters.png", "inspect.html", "positions-0.png", "positions.csv",
+    ]  # fmt: skip
+    assert main(["inspect", "vit_micro_patch4_16", str(tmp_path / "no.png"), "--device", "cpu"]) == 2
+    assert "no.png: no such file or folder" in capsys.readouterr().err
