@@ -32,6 +32,7 @@ vitrail train table.csv --image-column file --label-column species --multi-label
 vitrail train photos/ --set depth=6 position.kind=sincos              the model family's own settings
 vitrail train photos/ --config settings.yaml --lr 3e-4                a file, one value changed
 vitrail train photos/ --model deit_tiny_distilled_patch16_224 --teacher runs/photos-resnet18    learn from a trained model
+vitrail train photos/ --objective mae --model vit_tiny_patch16_224     learn from pictures alone, without labels
 vitrail train --resume runs/photos-resnet18                           go on exactly where a run stopped"""
 
 

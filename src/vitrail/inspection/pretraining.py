@@ -82,8 +82,9 @@ def _result(run: RunRecord, model: Model, pretext: Pretext, problem: str) -> Con
     ]
     if run.minutes is not None:
         facts.append({"name": "training time", "value": as_time(run.minutes), "note": ""})
+    what = pretext.describe()
     return {
-        "about": f"{pretext.describe().capitalize()}. What is hidden of a picture is the same in every evaluation.",
+        "about": f"{what[0].upper()}{what[1:]}. What is hidden of a picture is the same in every evaluation.",
         "value": "–" if value is None else percent(value, 1),
         "name": told,
         "reference": reference,
