@@ -27,6 +27,11 @@ def manifest() -> dict[str, dict[str, Any]]:
     return {case["id"]: case for case in sorted(cases, key=lambda case: case["id"])}
 
 
+def versions() -> dict[str, str]:
+    """The implementations that made the outputs, and their versions."""
+    return json.loads((FOLDER / "manifest.json").read_text())["versions"]
+
+
 @cache
 def original(case_id: str) -> dict[str, Any]:
     """A case of the authors' own code."""

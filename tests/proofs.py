@@ -26,7 +26,7 @@ _AUTHORS = {
     "slowfast_x3d": "X3D", "timesformer": "TimeSformer", "vitjax_tiny_hybrid": "hybrid", "vitjax": "ViT", "vivit": "ViViT",
 }  # fmt: skip
 VIDEO = ("ViViT", "TimeSformer", "MViT", "MViT v2", "X3D", "SlowFast", "Video Swin")
-NOT_RUN = {"Video Swin": "the family is not built", "few-shot probe": "the probe is not built"}
+NOT_RUN = {"Video Swin": "not run: the family is not built"}
 
 
 class Row(NamedTuple):

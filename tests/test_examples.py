@@ -49,3 +49,11 @@ def test_what_longer_clips_cost_by_count_and_by_formula(tmp_path: Path) -> None:
     cost.draw(points, tmp_path / "cost.png")
     with Image.open(tmp_path / "cost.png") as drawn:
         assert drawn.width > drawn.height
+
+
+def test_attention_costs_what_the_laws_say(tmp_path: Path) -> None:
+    points = example("attention_cost").main(tmp_path / "cost.png", sides=(224, 448))
+    assert [point.attention for point in points] == [point.law for point in points]
+    assert points[3].attention == 4 * points[2].attention  # Swin
+    assert 15 < points[1].attention / points[0].attention < 16  # a ViT, whose class token does not grow
+    assert (tmp_path / "cost.png").is_file()

@@ -10,6 +10,7 @@ from tests import golden, proofs
 from vitrail.checkpoints.mapping import write
 from vitrail.checkpoints.store import SOURCES, load_model
 from vitrail.layers.attention import record_attention
+from vitrail.layers.embed import resize_patches
 from vitrail.layers.position import resize_grid
 
 # What shapes cannot tell: heads of the tiny configurations, and the size behind a table that is no square.
@@ -102,6 +103,13 @@ def test_position_resampling(case_id: str, record_property) -> None:
     got = torch.cat([table[:, :prefix], resize_grid(table[0, prefix:], old, new, rule)[None]], 1)
     error = golden.worst(golden.strided(case, "resampled", got), golden.outputs(case)["resampled"])
     proofs.record(record_property, case_id, error)
+    assert error <= 1e-5
+
+
+def test_patches_of_another_size(record_property) -> None:
+    case = golden.manifest()["resample_patch_embed_16_to_12"]
+    error = golden.worst(resize_patches(golden.inputs(case), (12, 12), "bicubic"), golden.outputs(case)["resampled"])
+    proofs.record(record_property, "resample_patch_embed_16_to_12", error)
     assert error <= 1e-5
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tests import golden
+from tests import golden, proofs
 
 from vitrail.checkpoints import save_model
 from vitrail.cli import main
@@ -32,7 +32,7 @@ def micro(seed: int = 0, **overrides: object) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['set']}-{row['l2']:g}")
-def test_ridge_is_the_authors(row: dict) -> None:
+def test_ridge_is_the_authors(row: dict, record_property) -> None:
     stored = golden.original_outputs(CASE)
     name, at = row["set"], row["l2_index"]
     x, y = stored[f"{name}.x_train"], stored[f"{name}.y_train"]
@@ -42,6 +42,7 @@ def test_ridge_is_the_authors(row: dict) -> None:
     # The stored features are float32 and were standardised in it; against float64 that is what is left.
     wanted = stored[f"{name}.w64.{at}"]
     close = (ridge.weights(row["l2"]) - wanted).norm() / wanted.norm()
+    proofs.record(record_property, CASE, float(close))
     assert close < (2e-3 if name == "square" and row["l2"] < 1 else 1e-5)
     scores = ridge.scores(stored[f"{name}.x_test"], row["l2"])
     assert float((scores.argmax(1) == stored[f"{name}.y_test"]).double().mean()) == pytest.approx(row["accuracy_float64"])

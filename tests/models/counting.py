@@ -14,11 +14,13 @@ found = {}
 for name, shape in json.loads(sys.argv[1]).items():
     with torch.device("meta"):
         model = create_model(name)
-    found[name] = count_parameters(model), count_flops(model, shape and tuple(shape))
+    found[name] = count_parameters(model), count_flops(model, shape and tuple(shape)) if sys.argv[2] == "flops" else 0
 print(json.dumps(found))
 """
 
 
-def measured(run_python: Callable[..., str], shapes: Mapping[str, tuple[int, ...] | None]) -> dict[str, list[int]]:
+def measured(
+    run_python: Callable[..., str], shapes: Mapping[str, tuple[int, ...] | None], flops: bool = True
+) -> dict[str, list[int]]:
     """{name: [parameters, FLOPs of one input of the shape, or of the model's own where it is None]}."""
-    return json.loads(run_python(_COUNT, json.dumps(shapes)))
+    return json.loads(run_python(_COUNT, json.dumps(shapes), "flops" if flops else ""))

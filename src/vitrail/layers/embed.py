@@ -22,23 +22,24 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2), (1, x.shape[2], x.shape[3])
 
 
-def resize_patches(weight: Float[Tensor, "d c h w"], size: tuple[int, int]) -> Float[Tensor, "d c H W"]:
+def resize_patches(weight: Float[Tensor, "d c h w"], size: tuple[int, int], rule: str = "bilinear") -> Float[Tensor, "d c H W"]:
     """A patch embedding for patches of another size; the same size returns the weight itself (FlexiViT, arXiv 2212.08013).
 
     Pseudo-inverse resizing (section 3.4): the weight whose products with enlarged patches are those of the old one with the
     patches as they were, exactly where patches grow, in the least-squares sense where they shrink. Patches are resized
-    bilinearly without antialiasing, as by the authors, axis by axis.
+    bilinearly without antialiasing, as by the authors, axis by axis; rule="bicubic" with antialiasing, as by timm.
     """
     old = (weight.shape[2], weight.shape[3])
     if old == tuple(size):
         return weight
-    back = [torch.linalg.pinv(_stretch(a, b)) for a, b in zip(old, size, strict=True)]  # old x new
+    back = [torch.linalg.pinv(_stretch(a, b, rule)) for a, b in zip(old, size, strict=True)]  # old x new
     return torch.einsum("dchw,hy,wx->dcyx", weight.double(), *back).to(weight.dtype).contiguous()
 
 
-def _stretch(old: int, new: int) -> Float[Tensor, "new old"]:
-    """Linear resampling of a line as a matrix."""
-    return F.interpolate(torch.eye(old, dtype=torch.float64)[None], new, mode="linear", align_corners=False)[0].T
+def _stretch(old: int, new: int, rule: str) -> Float[Tensor, "new old"]:
+    """Resampling of a line as a matrix."""
+    lines = torch.eye(old, dtype=torch.float64)[None, None]
+    return F.interpolate(lines, (old, new), mode=rule, align_corners=False, antialias=rule == "bicubic")[0, 0].T
 
 
 class TubeletEmbed(nn.Module):
