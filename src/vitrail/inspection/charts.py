@@ -37,7 +37,7 @@ def publish(make: Callable[[], Figure], title: str, path: Path) -> Markup:
     return inline
 
 
-def distance_figure(layers: Sequence[Float[Tensor, " k"]], even: Sequence[float], unit: str) -> Figure:
+def distance_figure(layers: Sequence[Float[Tensor, " _"]], even: Sequence[float], unit: str) -> Figure:
     """Mean attention distance of every head, layer by layer; `even`: what attention to all in reach alike would give."""
     figure = Figure(figsize=(4.6, 3.4), layout="constrained")
     axes = figure.subplots()
