@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.checkpoints.io import replacing, write_text
-from vitrail.inspection.draw import STYLE, light, svg
+from vitrail.inspection.draw import STYLE, light, plot_distances, svg
 
 TONE, GREY = "#3b73c8", "#8a92a0"  # readable on light and on dark paper
 _COLD, _WARM = np.array([47, 92, 168.0]), np.array([201, 84, 42.0])
@@ -41,16 +41,9 @@ def distance_figure(layers: Sequence[Float[Tensor, " _"]], even: Sequence[float]
     """Mean attention distance of every head, layer by layer; `even`: what attention to all in reach alike would give."""
     figure = Figure(figsize=(4.6, 3.4), layout="constrained")
     axes = figure.subplots()
-    depth = np.arange(1, len(layers) + 1)
-    for layer, heads in zip(depth, layers, strict=True):
-        axes.scatter([layer] * len(heads), heads.tolist(), s=20, color=TONE, alpha=0.75, linewidth=0)
-    edges = np.repeat(np.arange(len(layers) + 1) + 0.5, 2)[1:-1]
-    axes.plot(edges, np.repeat(even, 2), linestyle="--", color=GREY, linewidth=1)
-    axes.plot(depth, [float(heads.mean()) for heads in layers], color=TONE, linewidth=1)
-    highest = max(*even, *(float(heads.max()) for heads in layers))
-    axes.set(xlabel="attention layer", ylim=(0, 1.08 * max(highest, 1e-6)), xlim=(0.5, len(layers) + 0.5))
+    plot_distances(axes, layers, even, TONE, GREY)
+    axes.set_xlabel("attention layer")
     axes.set_title(f"Mean attention distance, {unit}")
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
@@ -137,17 +138,23 @@ def distances(layers: Sequence[Float[Tensor, " _"]], even: Sequence[float]) -> M
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
         axes = figure.subplots()
-        depth = np.arange(1, len(layers) + 1)
-        for layer, heads in zip(depth, layers, strict=True):
-            axes.scatter([layer] * len(heads), heads.tolist(), s=18, color=ACCENT, alpha=0.75, linewidth=0)
-        edges = np.repeat(np.arange(len(layers) + 1) + 0.5, 2)[1:-1]
-        axes.plot(edges, np.repeat(even, 2), linestyle="--", color=MUTED, linewidth=1)
-        axes.plot(depth, [float(heads.mean()) for heads in layers], color=ACCENT, linewidth=1)
-        highest = max(*even, *(float(heads.max()) for heads in layers))
-        axes.set(xlabel="layer", ylim=(0, 1.08 * highest), xlim=(0.5, len(layers) + 0.5))
+        plot_distances(axes, layers, even, ACCENT, MUTED)
+        axes.set_xlabel("layer")
         axes.set_title("Mean distance in pixels")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         return svg(figure, "mean attention distance by layer")
+
+
+def plot_distances(axes: Axes, layers: Sequence[Float[Tensor, " _"]], even: Sequence[float], tone: str, grey: str) -> None:
+    """A dot for every head, a line through the layers' means, and dashed what attention to all in reach alike would give."""
+    depth = np.arange(1, len(layers) + 1)
+    for layer, heads in zip(depth, layers, strict=True):
+        axes.scatter([layer] * len(heads), heads.tolist(), s=18, color=tone, alpha=0.75, linewidth=0)
+    edges = np.repeat(np.arange(len(layers) + 1) + 0.5, 2)[1:-1]
+    axes.plot(edges, np.repeat(even, 2), linestyle="--", color=grey, linewidth=1)
+    axes.plot(depth, [float(heads.mean()) for heads in layers], color=tone, linewidth=1)
+    highest = max(*even, *(float(heads.max()) for heads in layers))
+    axes.set(ylim=(0, 1.08 * max(highest, 1e-6)), xlim=(0.5, len(layers) + 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def similar_order(confusion: NDArray[np.int64]) -> NDArray[np.int64]:

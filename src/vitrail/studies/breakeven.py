@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vitrail.studies.curves import LEAST_SIZES, Crossing, Curve, crossing, fit
+from vitrail.studies.curves import LEAST_SIZES, Crossing, Curve, crossing, error_series, fit
 from vitrail.studies.small import FAMILIES, family
 from vitrail.studies.statistics import by, difference, mean, verdict
-from vitrail.studies.study import Chart, Findings, Row, Runs, Series, StudyConfig, Table, train_runs, training_counts
+from vitrail.studies.study import Chart, Findings, Row, Runs, StudyConfig, Table, train_runs, training_counts
 from vitrail.studies.subsets import size_of, subset_variants
 
 EXAMPLES = """\
@@ -193,27 +193,9 @@ def _cell(found: Crossing) -> str:
 def _chart(
     families: Mapping[str, Sequence[Mapping[str, Any]]], curves: Mapping[str, Curve], sizes: Sequence[int], horizon: float
 ) -> Chart:
-    series = []
     reach = np.geomspace(sizes[0], min(horizon, 30 * sizes[-1]), 60)
-    for colour, (name, group) in enumerate(families.items()):
-        cells = {n: mean(1 - row["top1"] for row in rows) for n, rows in sorted(by(group, size_of).items())}
-        low = [max(m.low, 1e-4) for m in cells.values()]
-        series.append(
-            Series(
-                name,
-                list(cells),
-                [m.value for m in cells.values()],
-                low,
-                [m.high for m in cells.values()],
-                False,
-                colour=colour,
-            )
-        )
-        if name in curves and curves[name].misfit >= POOR_FIT:
-            below, above = curves[name].band(reach)
-            series.append(
-                Series("", list(reach), list(curves[name].at(reach)), list(below), list(above), dashed=True, colour=colour)
-            )
+    fitting = {name: curve for name, curve in curves.items() if curve.misfit >= POOR_FIT}
+    series = error_series(families, size_of, fitting, lambda _: reach)
     note = "Dots: means over seeds. Dashed: fitted curves with 95 % bands, beyond the largest size extrapolated."
     return Chart(
         "learning-curves",

@@ -7,16 +7,21 @@ error(n) = a n^-b + c: c is what more data would not remove. The form is that of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vitrail.studies.statistics import by, mean
+from vitrail.studies.study import Series
 
 Array = NDArray[np.float64]
 EXPONENTS: Array = np.concatenate([np.linspace(0.02, 1.5, 75), np.linspace(1.6, 3.0, 15)])
 DRAWS = 400
 LEAST_SIZES = 4  # three parameters are to be found
+LEAST_SHOWN = 1e-4  # error at which an interval ends on a logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -137,3 +142,21 @@ def crossing(challenger: Curve, holder: Curve, largest: float, horizon: float) -
     if share < 0.95 or not math.isfinite(high) or high > 100 * low:
         return Crossing("unknown", middle, low, high, share)
     return Crossing("known", middle, low, high, share)
+
+
+def error_series(
+    groups: Mapping[str, Sequence[Mapping[str, Any]]],
+    key: Any,
+    curves: Mapping[str, Curve],
+    reach: Callable[[Sequence[float]], Array],
+) -> list[Series]:
+    """The mean error of every group of runs over `key` as points, and over `reach(measured sizes)` its curve with its band."""
+    series = []
+    for colour, (name, group) in enumerate(groups.items()):
+        cells = {float(size): mean(1 - row["top1"] for row in rows) for size, rows in sorted(by(group, key).items())}
+        series.append(Series.of_means(name, list(cells), cells.values(), floor=LEAST_SHOWN, line=False, colour=colour))
+        if name in curves:
+            far, curve = reach(list(cells)), curves[name]
+            below, above = curve.band(far)
+            series.append(Series("", list(far), list(curve.at(far)), list(below), list(above), dashed=True, colour=colour))
+    return series

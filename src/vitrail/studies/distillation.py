@@ -149,14 +149,7 @@ def conclude(config: Config, rows: Sequence[Row]) -> Findings:
         ],
         note="Points; of a model with a distillation token the mean of both heads answers.",
     )  # fmt: skip
-    series = Series(
-        "",
-        list(range(len(order))),
-        [tops[n].value for n in order],
-        [tops[n].low for n in order],
-        [tops[n].high for n in order],
-        False,
-    )
+    series = Series.of_means("", range(len(order)), (tops[n] for n in order), line=False)
     return Findings(
         answer=answer,
         sentences=sentences,

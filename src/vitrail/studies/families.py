@@ -98,11 +98,8 @@ def conclude(config: Config, rows: Sequence[Row]) -> Findings:
         note="MFLOPs of training on one picture, a teacher's answer included; spread: sample standard deviation over seeds",
     )
     places = list(range(len(best)))
-    shown = [tops[name] for name in best]
     points = [(place, row["top1"]) for place, name in zip(places, best, strict=True) for row in groups[name]]
-    series = [
-        Series("mean", places, [m.value for m in shown], [m.low for m in shown], [m.high for m in shown], line=False),
-    ]
+    series = [Series.of_means("mean", places, (tops[name] for name in best), line=False)]
     if len(config.seeds) > 1:
         series.append(Series("one seed", [x for x, _ in points], [y for _, y in points], line=False))
     chart = Chart("families", f"Accuracy after {config.budget:.1e} training FLOPs", "", "top-1", series, best, percent=True)

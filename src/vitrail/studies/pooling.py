@@ -64,16 +64,7 @@ def conclude(config: Config, rows: Sequence[Row]) -> Findings:
     sentences.append(
         "The learning rates are compared on the pictures that also judge: the best values flatter both pools alike."
     )
-    series = [
-        Series(
-            pool,
-            config.lrs,
-            [means[f"{pool} lr {lr:g}"].value for lr in config.lrs],
-            [means[f"{pool} lr {lr:g}"].low for lr in config.lrs],
-            [means[f"{pool} lr {lr:g}"].high for lr in config.lrs],
-        )
-        for pool in POOLS
-    ]
+    series = [Series.of_means(pool, config.lrs, (means[f"{pool} lr {lr:g}"] for lr in config.lrs)) for pool in POOLS]
     table = Table(
         "Top-1 accuracy in percent, mean and 95 % interval over seeds",
         ["learning rate", *POOLS],

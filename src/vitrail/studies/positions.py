@@ -94,14 +94,7 @@ def conclude(config: Config, rows: Sequence[Row]) -> Findings:
         [[n, f"{100 * g.value:+.1f}", f"{100 * g.low:+.1f} to {100 * g.high:+.1f}"] for n, g in gains.items()],
     )
     order = [NONE, *ranked]
-    series = Series(
-        "",
-        list(range(len(order))),
-        [tops[n].value for n in order],
-        [tops[n].low for n in order],
-        [tops[n].high for n in order],
-        False,
-    )
+    series = Series.of_means("", range(len(order)), (tops[n] for n in order), line=False)
     return Findings(
         answer=f"{answer}.",
         sentences=sentences,

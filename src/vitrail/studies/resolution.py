@@ -7,16 +7,14 @@ the model, its own answers are judged; else a ridge regression on its frozen fea
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from vitrail.config import ConfigError, to_dict
 from vitrail.studies.statistics import by
-from vitrail.studies.study import Chart, Findings, Row, Series, StudyConfig, Table, directory
+from vitrail.studies.study import Chart, Findings, JudgeConfig, Row, Series, Table, directory
 
 EXAMPLES = """\
 vitrail study resolution photos/ --model runs/photos-vit_tiny_patch16_224
@@ -28,17 +26,12 @@ CLOSE = 0.01  # accuracies this near to the best count as good as it
 
 
 @dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(JudgeConfig):
     """Sweep picture and patch size of one trained model, and plot its accuracy against FLOPs; nothing is trained."""
 
     model: str = ""  # a run, a checkpoint, a hub id, or a name with published weights
     sizes: tuple[int, ...] = ()  # sides in pixels; by default from half to twice the model's own
     patches: tuple[int, ...] = ()  # sides of patches in pixels; by default the model's own
-    batch_size: int = 64  # pictures at once
-    seeds: Annotated[tuple[int, ...], tyro.conf.Suppress] = (0,)
-    budget: Annotated[float, tyro.conf.Suppress] = 0.0
-    image_size: Annotated[tuple[int, int], tyro.conf.Suppress] = (0, 0)
-    settings: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
 
 
 def measure(config: Config) -> list[Row]:

@@ -6,15 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from vitrail.config import ConfigError, unknown
 from vitrail.studies.statistics import by
-from vitrail.studies.study import Chart, Findings, Row, Series, StudyConfig, Table, directory
+from vitrail.studies.study import Chart, Findings, JudgeConfig, Row, Series, Table, directory
 
 EXAMPLES = """\
 vitrail study robustness photos/ --runs runs/photos-resnet18 runs/photos-vit_tiny_patch16_224
@@ -26,17 +24,12 @@ BIASES = {
 
 
 @dataclass(frozen=True)
-class Config(StudyConfig):
+class Config(JudgeConfig):
     """Compare trained models on their test pictures made worse in five steps; nothing is trained."""
 
     runs: tuple[str, ...] = ()  # run directories or checkpoints whose classes are those of the data
     corruptions: tuple[str, ...] = ()  # which, by default all: eight common ones, shift, occlusion, shuffle
     split: str = ""  # test, val or train; by default test where there is one, then val
-    batch_size: int = 64  # pictures at once
-    seeds: Annotated[tuple[int, ...], tyro.conf.Suppress] = (0,)
-    budget: Annotated[float, tyro.conf.Suppress] = 0.0
-    image_size: Annotated[tuple[int, int], tyro.conf.Suppress] = (0, 0)
-    settings: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
 
 
 def measure(config: Config) -> list[Row]:

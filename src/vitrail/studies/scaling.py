@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vitrail.config import ConfigError
-from vitrail.studies.curves import Curve, fit
+from vitrail.studies.curves import LEAST_SHOWN, Curve, error_series, fit
 from vitrail.studies.small import family
 from vitrail.studies.statistics import by, difference, mean, verdict
 from vitrail.studies.study import Chart, Findings, Row, Runs, Series, StudyConfig, Table, train_runs, training_counts
@@ -172,27 +172,7 @@ def _curve_table(
 def _chart(
     name: str, title: str, xlabel: str, groups: Mapping[str, Sequence[Mapping[str, Any]]], curves: Mapping[str, Curve], key: Any
 ) -> Chart:
-    series = []
-    for colour, (model, group) in enumerate(groups.items()):
-        cells = {float(size): mean(1 - row["top1"] for row in rows) for size, rows in sorted(by(group, key).items())}
-        low = [max(m.low, 1e-4) for m in cells.values()]
-        series.append(
-            Series(
-                model,
-                list(cells),
-                [m.value for m in cells.values()],
-                low,
-                [m.high for m in cells.values()],
-                False,
-                colour=colour,
-            )
-        )
-        if model in curves:
-            reach = np.geomspace(min(cells), 4 * max(cells), 50)
-            below, above = curves[model].band(reach)
-            series.append(
-                Series("", list(reach), list(curves[model].at(reach)), list(below), list(above), dashed=True, colour=colour)
-            )
+    series = error_series(groups, key, curves, lambda sizes: np.geomspace(min(sizes), 4 * max(sizes), 50))
     return Chart(
         name, title, xlabel, "test error", series, logx=True, logy=True, percent=True,
         note="Dots: means over seeds. Dashed: fitted curves with 95 % bands, extrapolated to four times the largest.",
@@ -205,16 +185,7 @@ def _iso(groups: Mapping[float, Sequence[Mapping[str, Any]]]) -> Chart:
     for budget, rows in sorted(groups.items()):
         for name, group in by(rows, lambda row: row["model"].split(" x")[0]).items():
             cells = {size: mean(1 - row["top1"] for row in cell) for size, cell in sorted(by(group, "parameters").items())}
-            low = [max(m.low, 1e-4) for m in cells.values()]
-            series.append(
-                Series(
-                    f"{name}, {budget:.1e}",
-                    list(cells),
-                    [m.value for m in cells.values()],
-                    low,
-                    [m.high for m in cells.values()],
-                )
-            )
+            series.append(Series.of_means(f"{name}, {budget:.1e}", list(cells), cells.values(), floor=LEAST_SHOWN))
     return Chart(
         "iso-compute", "Error by model size at equal compute", "parameters", "test error", series, logx=True, percent=True
     )

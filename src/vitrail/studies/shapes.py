@@ -133,14 +133,5 @@ def _chart(cells: Mapping[str, Any], tops: Mapping[str, Mean], cost: Mapping[str
     for dimension in ("depth", "width", "patch"):
         names = sorted((name for name in cells if name == BASE or name.startswith(dimension)), key=lambda name: cost[name])
         if len(names) > 1:
-            values = [tops[name] for name in names]
-            series.append(
-                Series(
-                    dimension,
-                    [cost[n] for n in names],
-                    [m.value for m in values],
-                    [m.low for m in values],
-                    [m.high for m in values],
-                )
-            )
+            series.append(Series.of_means(dimension, [cost[n] for n in names], (tops[n] for n in names)))
     return Chart("shapes", "Accuracy by cost", "training FLOPs relative to the base", "top-1", series, logx=True, percent=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +13,7 @@ import tyro
 
 from vitrail.config import ConfigError, RunConfig, replace_flat, unknown
 from vitrail.studies import STUDIES
+from vitrail.studies.statistics import Mean
 
 Row = dict[str, Any]
 WARMUP = 0.05  # of every run's steps; runs are as long as their budget, so a number of epochs would mean something else in each
@@ -31,6 +32,17 @@ class StudyConfig:
     batch_size: int = 32  # pictures per step
     settings: Annotated[Mapping[str, Any], tyro.conf.arg(name="train")] = field(default_factory=dict)
     """Settings of every run, by the names that `vitrail train --help` shows, such as hflip=0 lr=0.001."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig(StudyConfig):
+    """Settings of a study that judges trained models and trains none."""
+
+    batch_size: int = 64  # pictures at once
+    seeds: Annotated[tuple[int, ...], tyro.conf.Suppress] = (0,)
+    budget: Annotated[float, tyro.conf.Suppress] = 0.0
+    image_size: Annotated[tuple[int, int], tyro.conf.Suppress] = (0, 0)
+    settings: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,13 @@ class Series:
     line: bool = True
     dashed: bool = False  # such as where a fit goes beyond what was measured
     colour: int | None = None  # number in the palette; by default the next one
+
+    @classmethod
+    def of_means(cls, name: str, x: Sequence[float], means: Iterable[Mean], floor: float | None = None, **style: Any) -> Series:
+        """Means and their intervals over `x`; floor: where low ends stop, for an axis that cannot show what is below."""
+        means = list(means)
+        low = [m.low if floor is None else max(m.low, floor) for m in means]
+        return cls(name, x, [m.value for m in means], low, [m.high for m in means], **style)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def conclude(config: Config, rows: Sequence[Row]) -> Findings:
         note="MFLOPs and ms of a forward pass; MiB of activations while training a batch, a forecast; spread: sample standard "
         "deviation over seeds; reversals: of the answers that named a motion or its reversal, how many were right",
     )
-    points = [Series(name, [groups[name][0]["mflops"]], [tops[name].value], [tops[name].low], [tops[name].high], line=False)
+    points = [Series.of_means(name, [groups[name][0]["mflops"]], [tops[name]], line=False)
               for name in best]  # fmt: skip
     chart = Chart("video", "Accuracy and cost", "MFLOPs of a clip", "top-1", points, logx=True, percent=True)
     numbers = {"top1": {name: tops[name]._asdict() for name in best}}
