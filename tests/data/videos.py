@@ -66,6 +66,21 @@ def write_video(
             out.mux(sound.encode(None))
 
 
+def remux_from(source: Path, target: Path, start: float, rotation: int = 0) -> None:
+    """Copy the packets from the last key frame before `start` seconds on; an edit list hides what lies before `start`."""
+    with av.open(str(source)) as whole, av.open(str(target), "w", options={"avoid_negative_ts": "disabled"}) as out:
+        stream = whole.streams.video[0]
+        copy = out.add_stream_from_template(stream)
+        if rotation:
+            copy.set_display_rotation(rotation)
+        at = round(start / stream.time_base)
+        whole.seek(at, stream=stream)
+        for packet in whole.demux(stream):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - at, packet.dts - at, copy
+                out.mux(packet)
+
+
 def decoded(path: Path) -> list[tuple[float, np.ndarray]]:
     """(seconds since the first frame, pixels) of every frame, by nothing but decoding the file from the start."""
     with av.open(str(path)) as container:

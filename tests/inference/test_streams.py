@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -124,6 +125,32 @@ def test_no_stream(recording: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert "cameras here: " + str(tmp_path / "video1") in ask([str(tmp_path / "video0")])[0].error
     if "v4l2" not in live.load_av().formats_available:
         assert "built without cameras" in ask([str(tmp_path / "video1")])[0].error
+
+
+def test_streams_without_a_frame(recording: Path, tmp_path: Path) -> None:
+    """Nothing at all, something else, or a video that is announced and does not come: one answer that says so."""
+    with av.open(str(tmp_path / "announced.mp4"), "w", options={"movflags": "empty_moov+frag_keyframe"}) as out:
+        stream = out.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        out.start_encoding()
+    announced = (tmp_path / "announced.mp4").read_bytes()
+    reasons = {
+        b"": "no stream: what came from there is no video, or ended before its first frame",
+        b"<html>not here</html>": "no stream: what came from there is no video",
+        recording.read_bytes()[:376]: "no stream: what came from there is no video",
+        announced: "the stream stopped before its first frame",
+    }
+    for data, reason in reasons.items():
+        answer = b"Content-Length: %d\r\n\r\n" % len(data) + data
+        with server(lambda connection, answer=answer: connection.sendall(answer)) as address:  # type: ignore[misc]
+            (only,) = predictor(window=1.0)([address])
+        assert only.error.startswith(reason), data[:20]
+    os.mkfifo(pipe := tmp_path / "camera.mp4")
+    writer = threading.Thread(target=lambda: pipe.write_bytes(announced))
+    writer.start()
+    (only,) = predictor(window=1.0)([pipe])
+    writer.join()
+    assert only.error == "the stream stopped before its first frame"
 
 
 def test_a_playlist_from_the_network_cannot_read_files_here(recording: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -99,7 +100,10 @@ def _open(address: str) -> tuple[Any, Any]:
     except av.error.ExitError:
         raise VideoError(f"no stream: nothing came within {OPEN_SECONDS:.0f} s") from None
     except (av.error.FFmpegError, OSError, ValueError) as problem:
-        raise VideoError(f"no stream: {getattr(problem, 'strerror', None) or problem}") from None
+        reason = getattr(problem, "strerror", None) or str(problem)
+        if isinstance(problem, (av.error.InvalidDataError, EOFError)) or getattr(problem, "errno", None) == errno.EIO:
+            reason = f"what came from there is no video, or ended before its first frame ({reason})"
+        raise VideoError(f"no stream: {reason}") from None
     return container, first_stream(container)
 
 

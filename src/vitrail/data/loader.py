@@ -297,7 +297,7 @@ class _TrainFetch(Dataset):
 def _hopeless(dataset: ImageDataset, unreadable: dict[int, str]) -> str:
     index, reason = next(iter(unreadable.items()))
     found = f"{len(unreadable)} of {len(dataset)}"
-    return f"too many unreadable pictures in a row ({found}), such as {dataset.names(index)}: {reason}"
+    return f"too many unreadable {dataset.noun}s in a row ({found}), such as {dataset.names(index)}: {reason}"
 
 
 def _assemble(dataset: ImageDataset, images: Tensor, indices: np.ndarray, keys: np.ndarray) -> Batch:

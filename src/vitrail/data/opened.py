@@ -25,6 +25,9 @@ _MAGIC = {
     b"\x93NUMPY": "NumPy",
 }
 
+_FILMS = (b"\x1aE\xdf\xa3", b"\0\0\x01\xba", b"\0\0\x01\xb3", b"OggS", b"FLV")
+_PICTURES_IN_FILM_FILES = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")
+
 
 class ImageError(ValueError):
     """Data that is no readable picture, or too large a one; the message is the plain reason."""
@@ -94,6 +97,15 @@ def file_format(data: bytes) -> str:
     return next((name for magic, name in _MAGIC.items() if data.startswith(magic)), "")
 
 
+def holds_video(data: bytes) -> bool:
+    """Whether the first bytes are those of a container of films: MP4 and its kin, Matroska, AVI, MPEG streams, Ogg, FLV."""
+    if data[4:8] == b"ftyp":  # pictures lie in such files, too
+        return data[8:12] not in _PICTURES_IN_FILM_FILES
+    if data[:4] == b"RIFF":
+        return data[8:11] == b"AVI"
+    return data.startswith(_FILMS) or (data[:1] == b"G" and data[188:189] == b"G")
+
+
 def plain_reason(data: bytes | None, problem: Exception) -> str:
     """Why `data` (None for a picture in memory) could not be read, in one line for a user."""
     text = (str(problem).strip() or type(problem).__name__).splitlines()[0]
@@ -102,6 +114,8 @@ def plain_reason(data: bytes | None, problem: Exception) -> str:
     if not data:
         return "an empty file (0 bytes)"
     head = data[:24]
+    if holds_video(data):
+        return "a video, not a picture"
     if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         return f"not a picture: it begins with the text {head.decode('ascii')!r}"
     kind = file_format(data)

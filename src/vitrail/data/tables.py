@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -44,32 +46,68 @@ def read_table(path: Path, config: DataConfig) -> Listing:
     if not columns or not len(next(iter(columns.values()))):
         raise DataError(f"{path}: the table has no rows")
     image = find_column("image", config.image_column, columns, IMAGE_COLUMNS, path)
-    notes = [f"{path.name}: pictures from column {image!r}"]
     paths = ["" if value is None else str(value).strip() for value in columns[image]]
     rest, more = label_columns(columns, len(paths), config, path)
+    return _listing_of_paths(path, image, paths, columns, config, rest, more)
+
+
+def _listing_of_paths(
+    path: Path,
+    column: str,
+    paths: list[str],
+    columns: Mapping[str, Sequence[Any]],
+    config: DataConfig,
+    rest: Mapping[str, Any],
+    notes: Sequence[str],
+) -> Listing:
+    """The rows of a table of paths: files that are missing and parts that cannot be are broken from the start."""
     broken, outside = _missing_files(path, paths)
-    store, names, found = _store(path, paths, columns, config)
-    return Listing(store, names, **rest, broken=broken, notes=(*notes, *more, *found, *_outside_note(path, outside)))
+    store, names, parts = _store(path, paths, columns, config)
+    for row, problem in _impossible_parts(store).items():
+        broken.setdefault(row, problem)
+    noun = "video" if store.video else "picture"
+    notes = [f"{path.name}: {noun}s from column {column!r}", *notes]
+    if parts:
+        notes.append(f"{path.name}: parts of videos, in seconds")
+    if outside:
+        notes.append(f"{path.name}: {count(outside, noun)} outside the table's folder")
+    return Listing(store, names, **rest, broken=broken, notes=tuple(notes))
 
 
 def _store(
     path: Path, paths: list[str], columns: Mapping[str, Sequence[Any]], config: DataConfig
-) -> tuple[Store, list[str], list[str]]:
-    """What the paths of a table lead to, the names of its rows, and notes."""
+) -> tuple[Store, list[str], bool]:
+    """What the paths of a table lead to, the names of its rows, and whether they are parts of videos."""
     files = PathStore(path.parent, paths)
     if config.media == "frames":
-        return FrameFolderStore(path.parent, paths, config.frame_rate, is_picture_name), paths, []
+        return FrameFolderStore(path.parent, paths, config.frame_rate, is_picture_name), paths, False
     videos = [is_video_name(name) for name in paths if name]
     if config.media == "pictures" or not (any(videos) or config.media == "videos"):
-        return files, paths, []
+        return files, paths, False
     if config.media == "auto" and not all(videos):
         raise DataError(f"{path}: some rows are videos, others are not; write a table of each")
     starts, ends = (_seconds(columns, usual, path) for usual in (START_COLUMNS, END_COLUMNS))
     if starts is None and ends is None:
-        return FootageStore(files), paths, []
-    parts = [f"{name}@{start:g}" for name, start in zip(paths, starts or [0.0] * len(paths), strict=True)]
-    starts = None if starts is None else [0.0 if start != start else start for start in starts]
-    return FootageStore(files, starts, ends), parts, [f"{path.name}: parts of videos, in seconds"]
+        return FootageStore(files), paths, False
+    starts = [0.0 if start != start else start for start in starts or [0.0] * len(paths)]
+    ends = ends or [math.nan] * len(paths)
+    until = ["" if end != end else f"-{end:g}" for end in ends]
+    parts = [f"{name}@{start:g}{end}" for name, start, end in zip(paths, starts, until, strict=True)]
+    return FootageStore(files, starts, ends), parts, True
+
+
+def _impossible_parts(store: Store) -> dict[int, str]:
+    """Rows whose part of a video lies before its beginning or ends before it starts; an end that is nan is the video's own."""
+    if not isinstance(store, FootageStore):
+        return {}
+    starts, ends = store.starts, store.ends
+    found = {row: f"the part ends at {ends[row]:g} s, but starts at {starts[row]:g} s" for row in _rows(ends <= starts)}
+    outside = (starts < 0) | np.isinf(starts)
+    return found | {row: f"the part starts at {starts[row]:g} s; expected 0 or more" for row in _rows(outside)}
+
+
+def _rows(chosen: np.ndarray) -> list[int]:
+    return [int(row) for row in np.flatnonzero(chosen)]
 
 
 def _seconds(columns: Mapping[str, Sequence[Any]], usual: Sequence[str], path: Path) -> list[float] | None:
@@ -201,15 +239,11 @@ def _read_parquet(path: Path, config: DataConfig) -> Listing:
     label = config.label_column or next(iter(_matches(columns, LABEL_COLUMNS)), "")
     rest, notes = label_columns(columns, rows, config, path, stated_classes(schema, label))
     rest["keys"] = content_keys(columns)
-    notes.insert(0, f"{path.name}: pictures from column {image!r}")
     if not _holds_bytes(kind):
         paths = ["" if value is None else str(value) for value in columns[image]]
-        broken, outside = _missing_files(path, paths)
-        files, names, found = _store(path, paths, columns, config)
-        notes += [*found, *_outside_note(path, outside)]
-        return Listing(files, names, **rest, broken=broken, notes=tuple(notes))
+        return _listing_of_paths(path, image, paths, columns, config, rest, notes)
     store = ParquetStore(path, image)
-    notes += store.notes
+    notes = [f"{path.name}: pictures from column {image!r}", *notes, *store.notes]
     inner = store.inner_paths() if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else None
     return Listing(store, row_names(columns, rows, inner), **rest, notes=tuple(notes))
 
@@ -290,7 +324,3 @@ def _missing_files(table: Path, paths: Sequence[str]) -> tuple[dict[int, str], i
             f"{table}: none of its {count(len(paths), 'file')} exists; the first is {paths[0]!r}, looked for in {where}"
         )
     return broken, outside
-
-
-def _outside_note(path: Path, outside: int) -> tuple[str, ...]:
-    return (f"{path.name}: {count(outside, 'picture')} outside the table's folder",) if outside else ()

@@ -21,6 +21,7 @@ from jaxtyping import Float64, Int64, UInt8
 
 from vitrail.config import ConfigError
 from vitrail.data.images import MAX_PIXELS
+from vitrail.data.opened import file_format
 from vitrail.data.pillow import match_channels
 
 VideoData: TypeAlias = str | bytes
@@ -253,11 +254,40 @@ def first_stream(container: Any) -> Any:
 
 
 def _reason(data: VideoData, problem: Exception) -> str:
-    size = len(data) if isinstance(data, bytes) else os.path.getsize(data)
-    if not size:
+    """Why there is no video in it, in one line for a user."""
+    try:
+        with io.BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
+            head = file.read(256)
+            cut = head[4:8] == b"ftyp" and not _has_table(file)
+    except OSError as refused:
+        return f"cannot be read: {refused.strerror or refused}"
+    if not head:
         return "an empty file (0 bytes)"
     text = getattr(problem, "strerror", None) or str(problem) or type(problem).__name__
+    if kind := file_format(head):
+        text = f"it is a {kind} picture"
+    elif cut:
+        text = "cut short, the table of its frames is missing"
+    elif isinstance(problem, EOFError):
+        text = "it ends before its first frame"
     return f"not a readable video: {text}"
+
+
+def _has_table(file: io.BufferedIOBase) -> bool:
+    """Whether the boxes of an MP4 file come to "moov", without which nothing tells where its frames lie."""
+    at = 0
+    while True:
+        file.seek(at)
+        head = file.read(16)
+        if len(head) < 8:
+            return False
+        if head[4:8] == b"moov":
+            return True
+        size = int.from_bytes(head[:4], "big")
+        size = int.from_bytes(head[8:16], "big") if size == 1 else size
+        if size < 8:  # 0: up to the end of the file
+            return False
+        at += size
 
 
 def decoded_frames(container: Any, stream: Any, problems: list[str] | None = None) -> Iterator[Any]:
@@ -310,7 +340,7 @@ def _scan_packets(container: Any, stream: Any) -> tuple[Any, list[int], list[int
                 if packet.is_keyframe:
                     keys.append(packet.pts)
     if first is None:
-        raise VideoError("no frame of it can be decoded")
+        raise VideoError("no frame of it can be decoded" if pts else "holds no frames")
     return first, pts, keys
 
 

@@ -71,7 +71,7 @@ def windows_of_stream(
     """Windows as in `windows_for_eval`, each as soon as its last frame has arrived.
 
     A stream that stops has its last window where it ends; what arrives no more has none. Raises VideoError when there is no
-    stream, and, after the last window, where it broke off instead of ending.
+    stream or not one frame comes, and, after the last window, where it broke off instead of ending.
     """
     with Arriving(stream, preprocess.channels, max_pixels) as arriving:
         window = clip_seconds(arriving.rate, preprocess) if window is None else window
@@ -80,8 +80,10 @@ def windows_of_stream(
             yield from held.complete(seconds)
             held.add(seconds, pixels)
         yield from held.rest(1 / arriving.rate)
+        if not held.times:
+            raise VideoError("the stream stopped before its first frame" + (f": {arriving.ended}" if arriving.ended else ""))
         if arriving.ended:
-            raise VideoError(f"the stream stopped after {held.times[-1] if held.times else 0:.2f} s: {arriving.ended}")
+            raise VideoError(f"the stream stopped after {held.times[-1]:.2f} s: {arriving.ended}")
 
 
 class _Held:
