@@ -18,7 +18,10 @@ from benchmarks.results import bootstrap_interval, machine, merge
 from vitrail.layers import attention
 from vitrail.layers.attention import AttentionSite, attend
 
-SHAPES = ((64, 26, 4), (16, 50, 12), (16, 197, 3), (8, 197, 12), (4, 577, 6), (2, 1025, 6))  # batch, tokens, heads of 64
+SHAPES = (  # batch, tokens, heads, their width: narrow models, windows, attention over time, whole pictures
+    (64, 25, 4, 16), (512, 8, 4, 16), (128, 64, 4, 16), (256, 49, 3, 32), (392, 8, 12, 64),
+    (64, 26, 4, 64), (16, 50, 12, 64), (16, 197, 3, 64), (8, 197, 12, 64), (4, 577, 6, 64), (2, 1025, 6, 64),
+)  # fmt: skip
 
 
 def one(fused: bool, training: bool, packed: Tensor, heads: int) -> Callable[[], float]:
@@ -46,20 +49,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precisions", nargs="+", default=("fp32", "bf16"), choices=("fp32", "bf16"))
     arguments = parser.parse_args()
-    kind = f"{arguments.device}-amx" if arguments.device == "cpu" and attention._AMX else arguments.device
-    for dtype in (torch.float32, torch.bfloat16):
+    kind = arguments.device
+    if kind == "cpu" and (attention._AMX or not torch.cpu._is_avx512_supported()):
+        kind = "cpu-amx" if attention._AMX else "cpu-avx2"
+    for precision in arguments.precisions:
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         for training in (False, True):
-            for b, n, heads in SHAPES:
-                packed = torch.randn(b, n, 3 * 64 * heads, device=arguments.device, dtype=dtype)
+            for b, n, heads, width in SHAPES:
+                packed = torch.randn(b, n, 3 * width * heads, device=arguments.device, dtype=dtype)
                 fused, plain = one(True, training, packed, heads), one(False, training, packed, heads)
                 with torch.set_grad_enabled(training):
                     pairs = [(plain(), fused()) for _ in range(arguments.pairs + 2)][2:]
                 ratios = [a / b for a, b in pairs]
                 low, high = bootstrap_interval(ratios)
-                task, precision = "train" if training else "infer", "fp32" if dtype == torch.float32 else "bf16"
+                task = "train" if training else "infer"
                 row = {"ratio": statistics.median(ratios), "low": low, "high": high, "pairs": arguments.pairs}
-                cell = f"{precision} {task} batch {b} tokens {n} heads {heads}"
+                cell = f"{precision} {task} batch {b} tokens {n} heads {heads}" + (f" of {width}" if width != 64 else "")
                 merge(f"attention-{kind}", cell, row, machine(arguments.device, ("torch",)))
                 print(f"{cell:42s} {row['ratio']:.2f} [{low:.2f}, {high:.2f}]", flush=True)
 

@@ -78,19 +78,22 @@ def _fused_in_groups(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: flo
 def _prefers_fused(q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
     """Whether scaled_dot_product_attention is the fast choice for these operands.
 
-    Measured by benchmarks/attention.py at 26 to 1025 tokens. On an x86 CPU with AVX512-BF16 (results/attention-cpu.json): in
+    Measured by benchmarks/attention.py at 8 to 1025 tokens. On an x86 CPU with AVX512-BF16 (results/attention-cpu.json): in
     float32 the fused kernel wins, forward and backward, 1.1x to 3x; in bfloat16 two batched products around a softmax win up
     to 1.5x forward and 2x to 4x with the backward pass. With AMX the fused kernel wins in bfloat16 too, 1.35x to 2.1x, but
-    forward only: with the backward pass it is 1.3x to 5x slower. A bias that needs a gradient drops it to its slowest path.
+    forward only: with the backward pass it is 1.3x to 5x slower. Training on a few tokens with narrow heads is faster without
+    it in float32 too: 1.15x at 25 tokens, 1.6x at 8 (results/attention-cpu-avx2.json). A bias that needs a gradient drops it
+    to its slowest path.
     Accelerators and exports always take it.
     """
     if q.device.type != "cpu" or torch.compiler.is_exporting():
         return True
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return False
+    training = torch.is_grad_enabled() and q.requires_grad
     if q.dtype not in (torch.bfloat16, torch.float16):
-        return True
-    if _AMX and not (torch.is_grad_enabled() and q.requires_grad):
+        return not training or q.shape[-1] > 32 or q.shape[-2] * k.shape[-2] > 32**2
+    if _AMX and not training:
         return True
     return q.shape[-2] * k.shape[-2] > 2**21  # then the map leaves the caches: 2x slower forward at 3136 x 784, and large
 
