@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.checkpoints.io import replacing, write_text
-from vitrail.inspection.draw import STYLE, light, plot_distances, svg
+from vitrail.inspection.draw import STYLE, light, plot_distances, plot_over_time, svg
 
 TONE, GREY = "#3b73c8", "#8a92a0"  # readable on light and on dark paper
 _COLD, _WARM = np.array([47, 92, 168.0]), np.array([201, 84, 42.0])
@@ -44,6 +44,15 @@ def distance_figure(layers: Sequence[Float[Tensor, " _"]], even: Sequence[float]
     plot_distances(axes, layers, even, TONE, GREY)
     axes.set_xlabel("attention layer")
     axes.set_title(f"Mean attention distance, {unit}")
+    return figure
+
+
+def time_figure(maps: Mapping[str, tuple[Float[Tensor, " e"], Float[Tensor, " t"]]], frames: int, title: str) -> Figure:
+    """How maps {name: (edges, shares)} of a clip spread over its frames."""
+    figure = Figure(figsize=(5.6, 2.0), layout="constrained")
+    axes = figure.subplots()
+    plot_over_time(axes, maps, frames, (TONE, "#c78a1e", GREY))
+    axes.set_title(title)
     return figure
 
 

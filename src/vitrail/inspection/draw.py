@@ -133,15 +133,44 @@ def calibration(bins: Sequence[CalibrationBin]) -> Markup:
         return svg(figure, "calibration diagram")
 
 
-def distances(layers: Sequence[Float[Tensor, " _"]], even: Sequence[float]) -> Markup:
-    """Mean attention distance in pixels of every head, layer by layer; `even`: if all patches in reach got the same."""
+def distances(layers: Sequence[Float[Tensor, " _"]], even: Sequence[float], unit: str = "pixels") -> Markup:
+    """Mean attention distance of every head, layer by layer; `even`: if all patches in reach got the same."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_SMALL, layout="constrained")
         axes = figure.subplots()
         plot_distances(axes, layers, even, ACCENT, MUTED)
         axes.set_xlabel("layer")
-        axes.set_title("Mean distance in pixels")
-        return svg(figure, "mean attention distance by layer")
+        axes.set_title(f"Mean distance in {unit}")
+        return svg(figure, f"mean attention distance in {unit} by layer")
+
+
+def spread_over_time(maps: Mapping[str, tuple[Float[Tensor, " e"], Float[Tensor, " t"]]], frames: int, name: str) -> Markup:
+    """How maps {name: (edges, shares)} of a clip spread over its frames; `name`: the clip, for who cannot see the chart."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 1.7), layout="constrained")
+        plot_over_time(figure.subplots(), maps, frames, (ACCENT, _GOLD, MUTED))
+        return svg(figure, f"attention over time, {name}")
+
+
+def plot_over_time(
+    axes: Axes, maps: Mapping[str, tuple[Float[Tensor, " e"], Float[Tensor, " t"]]], frames: int, tones: Sequence[str]
+) -> None:
+    """Each map's share per frame: bars of the first one, steps of the others, and dotted what all frames alike would get."""
+    highest = 0.0
+    for number, (name, (edges, shares)) in enumerate(maps.items()):
+        values = (shares / edges.diff()).numpy()
+        tone, inside = tones[number % len(tones)], edges.clamp(0.5, frames + 0.5).numpy()
+        if number == 0:
+            axes.stairs(values, inside, fill=True, color=tone, alpha=0.45, label=name, linewidth=0)
+        else:
+            axes.stairs(values, inside, color=tone, label=name, linewidth=1.8, linestyle="-" if number == 1 else "--")
+        highest = max(highest, float(values.max()))
+    axes.axhline(1 / frames, color=tones[-1], linewidth=1, linestyle=":")
+    axes.set(xlim=(0.5, frames + 0.5), ylim=(0, 1.12 * max(highest, 1 / frames)), xlabel="frame", ylabel="per frame")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_distances(axes: Axes, layers: Sequence[Float[Tensor, " _"]], even: Sequence[float], tone: str, grey: str) -> None:
@@ -249,6 +278,13 @@ def to_pil(picture: UInt8[Tensor, "c h w"]) -> Image.Image:
     return Image.fromarray(array[0] if array.shape[0] < 3 else np.ascontiguousarray(array[:3].transpose(1, 2, 0)))
 
 
+def enlarged(picture: UInt8[Tensor, "c h w"]) -> Image.Image:
+    """A picture in colour; a small one with every pixel as a square, so that its longer side has 128 at least."""
+    image = to_pil(picture).convert("RGB")
+    scale = max(1, -(-SMALL_PICTURE * 2 // max(image.size)))
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
 def overlay(
     picture: UInt8[Tensor, "c h w"], attention: Float[Tensor, "rows columns"], largest: float | None = None
 ) -> Image.Image:
@@ -256,9 +292,7 @@ def overlay(
 
     largest: what is as bright as can be, where several pictures share a scale; by default the largest of this one.
     """
-    image = to_pil(picture).convert("RGB")
-    scale = max(1, -(-SMALL_PICTURE * 2 // max(image.size)))
-    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    image = enlarged(picture)
     top = float(attention.max()) if largest is None else largest
     strength = (attention / max(top, 1e-12)).float().cpu().numpy()
     panes = Image.fromarray((255 * strength).round().astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)

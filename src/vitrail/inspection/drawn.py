@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.checkpoints.io import replacing, write_text
-from vitrail.inspection import charts, draw
+from vitrail.inspection import charts, clips, draw
 from vitrail.inspection.attention import PLAIN, Placed, look, run_recorded, spans
 from vitrail.inspection.attention import distance as distance_of
 from vitrail.inspection.attention import even_distance as even_of
@@ -27,7 +27,6 @@ from vitrail.inspection.weights import bias_tables, filter_components, position_
 
 Block = dict[str, Any]  # of the page: kind strip, figure, table, hover or text
 PAGE_BYTES = 16_000_000  # of interactive maps
-STRIP = 8  # frames of a clip beside each other
 
 
 def attention(subject: Subject, out: Path, shown: int) -> list[Block]:
@@ -43,7 +42,7 @@ def attention(subject: Subject, out: Path, shown: int) -> list[Block]:
             layer["tokens"] = token_names(by_name[layer["name"]].asking, route.readout)
         packed[sample.name] = maps
         tiles = route.first.grid[0] if sample.pixels.ndim == 4 else 1
-        frames = _frames(sample, tiles)
+        frames = clips.frames_of(sample.pixels, tiles)
         coarse = max(layer["every"] for layer in maps["layers"])
         payload = {**maps, "frames": [draw.data_uri(frame, 448) for frame in frames]}
         note = "" if coarse == 1 else (
@@ -57,14 +56,15 @@ def attention(subject: Subject, out: Path, shown: int) -> list[Block]:
 
 def rollout(subject: Subject, out: Path, shown: int) -> list[Block]:
     """The last layer's attention and rollout with and without the shortcut, over the pictures."""
-    blocks, rows = [], []
+    blocks: list[Block] = []
+    rows = []
     for sample in subject.samples[:shown]:
         inputs = subject.normalised([sample])
         whole, plain = look(subject.model, inputs), look(subject.model, inputs, PLAIN)
         assert whole is not None
         assert plain is not None
         maps = {"last layer": whole.last, "rollout": whole.rollout, "rollout without shortcut": plain.rollout}
-        blocks.append(_strip(subject, sample, maps, out, "rollout"))
+        blocks += _strip(subject, sample, maps, out, "rollout")
         rows += [row for what, placed in maps.items() for row in _shares(sample.name, what, placed)]
     _write_csv(out / "rollout.csv", ("picture", "map", "frame", "row", "column", "share"), rows)
     return blocks
@@ -72,7 +72,8 @@ def rollout(subject: Subject, out: Path, shown: int) -> list[Block]:
 
 def relevance(subject: Subject, out: Path, shown: int) -> list[Block]:
     """Grad-CAM, and where there is a path of attention rollout weighted by gradients, of the likeliest class."""
-    blocks, rows = [], []
+    blocks: list[Block] = []
+    rows = []
     route = subject.model.attention_route(subject.model.input_shape[1:])
     for sample in subject.samples[:shown]:
         inputs = subject.normalised([sample])
@@ -81,7 +82,7 @@ def relevance(subject: Subject, out: Path, shown: int) -> list[Block]:
         maps = {"Grad-CAM": grad_cam(subject.model, inputs, answer)}
         if route.readout:
             maps["gradient-weighted rollout"] = gradient_rollout(subject.model, inputs, answer)
-        blocks.append(_strip(subject, sample, maps, out, "relevance"))
+        blocks += _strip(subject, sample, maps, out, "relevance")
         rows += [row for what, placed in maps.items() for row in _shares(sample.name, what, placed)]
     _write_csv(out / "relevance.csv", ("picture", "map", "frame", "row", "column", "value"), rows)
     return blocks
@@ -222,30 +223,17 @@ DRAWERS: dict[str, Callable[[Subject, Path, int], list[Block]]] = {
 }  # fmt: skip
 
 
-def _frames(sample: Sample, count: int) -> list[Tensor]:
-    """`count` frames of a clip at the middles of as many equal parts; a picture is its only frame."""
-    if sample.pixels.ndim == 3:
-        return [sample.pixels]
-    length = sample.pixels.shape[1]
-    return [sample.pixels[:, min(int((i + 0.5) * length / count), length - 1)] for i in range(count)]
-
-
-def _strip(subject: Subject, sample: Sample, maps: dict[str, Placed], out: Path, kind: str) -> Block:
-    """The sample and each map over it; of a clip, frames beside each other, with one scale for all."""
-    height, width = sample.pixels.shape[-2:]
+def _strip(subject: Subject, sample: Sample, maps: dict[str, Placed], out: Path, kind: str) -> list[Block]:
+    """The sample and each map over it; of a clip, frames beside each other on one scale, and their share over time."""
+    stem, clip = f"{kind}-{Path(sample.name).stem}", sample.pixels.ndim == 4
+    shown = len(clips.frames_shown(sample.pixels, maps))
     pictures = []
-    stem = f"{kind}-{Path(sample.name).stem}"
-    most = max(placed.cells.grid[0] for placed in maps.values())
-    frames = _frames(sample, min(STRIP, most) if sample.pixels.ndim == 4 else 1)
-    pictures.append(_picture(_beside([draw.to_pil(frame).convert("RGB") for frame in frames]), "input", 320 * len(frames)))
-    for what, placed in maps.items():
-        over = placed.over(height, width)[0].cpu()
-        largest = over.max().clamp_min(1e-12)
-        times = [int((i + 0.5) * len(over) / len(frames)) for i in range(len(frames))]
-        lit = [draw.overlay(frame, over[t], float(largest)) for frame, t in zip(frames, times, strict=True)]
-        picture = _beside(lit)
-        _save(picture, out / f"{stem}-{what.lower().replace(' ', '-')}.png")
-        pictures.append(_picture(picture, what, 320 * len(frames)))
+    for what, picture in clips.strips(sample.pixels, maps).items():
+        if what == clips.INPUT:
+            what = clips.numbered(sample.pixels, maps)
+        else:
+            _save(picture, out / f"{stem}-{what.lower().replace(' ', '-')}.png")
+        pictures.append(_picture(picture, what, 320 * shown))
     with torch.no_grad():
         logits = subject.model.eval()(subject.normalised([sample]))[0] if subject.classes else None
     title = sample.name
@@ -253,19 +241,12 @@ def _strip(subject: Subject, sample: Sample, maps: dict[str, Placed], out: Path,
         best = logits.softmax(0).topk(min(3, len(logits)))
         said = ", ".join(f"{subject.classes[int(i)]} {100 * float(p):.1f} %" for p, i in zip(*best, strict=True))
         title = f"{sample.name}: {said}"
-    return {"kind": "strip", "title": title, "pictures": pictures, "wide": len(frames) > 1}
-
-
-def _beside(pictures: Sequence[Image.Image]) -> Image.Image:
-    if len(pictures) == 1:
-        return pictures[0]
-    gap, high = 4, pictures[0].height
-    canvas = Image.new("RGB", (sum(p.width for p in pictures) + gap * (len(pictures) - 1), high), (128, 128, 128))
-    left = 0
-    for picture in pictures:
-        canvas.paste(picture.resize((picture.width, high)), (left, 0))
-        left += picture.width + gap
-    return canvas
+    blocks: list[Block] = [{"kind": "strip", "title": title, "pictures": pictures, "wide": shown > 1}]
+    if clip and max(placed.cells.grid[0] for placed in maps.values()) > 1:
+        spread = {what: clips.over_time(placed) for what, placed in maps.items()}
+        frames, name = sample.pixels.shape[1], f"Over time, {sample.name}"
+        blocks.append(_figure(lambda: charts.time_figure(spread, frames, "Share of each frame"), name, out / f"{stem}-time"))
+    return blocks
 
 
 def _picture(picture: Image.Image, what: str, side: int) -> dict[str, str]:

@@ -39,6 +39,15 @@ ABOUT = {
     "cka": "Linear centred kernel alignment between the states after every two blocks: 1 where they are the same up to "
     "rotation and scale.",
 }
+OF_CLIPS = (
+    "Of a clip, the frames shown share one scale; the chart says how the same maps spread over all frames, dotted an even "
+    "spread."
+)
+CLIPS = {
+    "attention": "The frames of a clip lie in reading order; Page Up and Page Down move through time.",
+    "rollout": OF_CLIPS,
+    "relevance": OF_CLIPS,
+}
 
 
 def inspect(
@@ -107,7 +116,8 @@ def _section(
     if view == "cka" and len(sides) == 2 and all(view in side[2] for side in sides):
         between = drawn.cka(sides[0][0], out, shown, sides[1][0])
         columns.append({"name": "between the two", "blocks": between})
-    return {"view": view, "title": VIEWS[view], "about": ABOUT[view], "columns": columns}
+    about = [ABOUT[view], *([CLIPS[view]] if view in CLIPS and any(side[0].preprocess.frames for side in sides) else [])]
+    return {"view": view, "title": VIEWS[view], "about": " ".join(about), "columns": columns}
 
 
 def _subtitle(sides: Sequence[tuple[Subject, Path, list[str], dict[str, str]]]) -> str:

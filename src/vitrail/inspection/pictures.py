@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from vitrail.data.decoded import as_batch
 from vitrail.data.loader import load_for_eval
 from vitrail.data.transforms import Normalise
 from vitrail.evaluation.metrics import LABEL_THRESHOLD, Outputs
-from vitrail.inspection import draw
+from vitrail.inspection import clips, draw
 from vitrail.inspection.attention import AttentionView, NoPathError, look
 from vitrail.inspection.sections import Context, percent
 from vitrail.models import Model
@@ -45,12 +46,17 @@ class Gallery:
         """Whether pictures are so small that their pixels should be shown as squares."""
         return max(self.preprocess.image_size) <= draw.SMALL_PICTURE
 
-    def picture(self, row: int) -> UInt8[Tensor, "c h w"]:
-        """The picture as the model gets it, before normalisation; of a video some frames of its first view, side by side."""
-        sample = load_for_eval(
+    def sample(self, row: int) -> UInt8[Tensor, "c *t h w"]:
+        """A picture as the model gets it, before normalisation; of a video its middle view."""
+        found = load_for_eval(
             self.dataset.read(int(self.outputs.indices[row])), self.preprocess, "exact", self.dataset.max_pixels
         )
-        return draw.still(as_batch(sample[None])[0])
+        views = as_batch(found[None])
+        return views[len(views) // 2]
+
+    def picture(self, row: int) -> UInt8[Tensor, "c h w"]:
+        """The sample as one picture: of a video some frames, side by side."""
+        return draw.still(self.sample(row))
 
     def name(self, row: int) -> str:
         """The sample's name."""
@@ -95,9 +101,10 @@ def mistakes(gallery: Gallery) -> Context:
         {"title": "Most confidently wrong", "cards": [card(row) for row in confident]},
         {"title": "Worst of the others: the truth was given the least", "cards": [card(row) for row in hardest]},
     ]
-    about = f"{len(wrong):,} of {len(truth):,} pictures were answered wrongly; {len(confident) + len(hardest)} of them are "
+    noun = gallery.dataset.noun
+    about = f"{len(wrong):,} of {len(truth):,} {noun}s were answered wrongly; {len(confident) + len(hardest)} of them are "
     about += "shown, as the model gets them. In colour the answer and its probability, below the truth and what it was given."
-    return {"about": about, "hard": gallery.hard, "groups": [group for group in groups if group["cards"]]}
+    return {"about": about, "hard": gallery.hard, "noun": noun, "groups": [group for group in groups if group["cards"]]}
 
 
 def _label_mistakes(gallery: Gallery) -> Context:
@@ -126,15 +133,17 @@ def _label_mistakes(gallery: Gallery) -> Context:
         {"title": "Most confidently missed labels", "cards": cards(missed, "missed")},
     ]
     wrong = int(((probabilities >= LABEL_THRESHOLD) != truth).any(1).sum())
-    about = f"{wrong:,} of {len(truth):,} pictures got at least one label wrong at a threshold of 50 %. "
-    about += "In colour the label and its probability, below all true labels of the picture."
-    return {"about": about, "hard": gallery.hard, "groups": [group for group in groups if group["cards"]]}
+    noun = gallery.dataset.noun
+    about = f"{wrong:,} of {len(truth):,} {noun}s got at least one label wrong at a threshold of 50 %. "
+    about += f"In colour the label and its probability, below all true labels of the {noun}."
+    return {"about": about, "hard": gallery.hard, "noun": noun, "groups": [group for group in groups if group["cards"]]}
 
 
 def attention(model: Model, gallery: Gallery) -> Context:
-    """Attention maps over some pictures and how far the heads look; for a model without attention, that it has none."""
-    if gallery.dataset.video:
-        return {"about": "Where a transformer looks when it answers.", "none": "Maps over clips are not drawn.", "cards": []}
+    """Attention over some pictures, or over the frames and the time of some videos, and how far the heads look.
+
+    Of a model without attention, or one whose attention does not join to a map, it says so.
+    """
     rows, chosen = _chosen(gallery)
     measured = np.unique(np.linspace(0, len(gallery.outputs.logits) - 1, MEASURED).astype(int)).tolist()
     try:
@@ -148,42 +157,60 @@ def attention(model: Model, gallery: Gallery) -> Context:
             "none": f"A model of the family {model.family} has no attention, so there are no maps to show.",
             "cards": [],
         }
-    first = shown[0][1]
-    about = (
-        f"Each pane is one patch; the brighter it is, the more attention it gets from {first.asking}, relative to the "
-        "brightest pane of the same picture. Last layer: averaged over its heads. Rollout: all layers multiplied together, "
-        f"skip connections counted as half. Shown are {chosen}."
-    )
-    if first.asking.startswith("the mean"):
-        about += " The model pools by the mean, so no single token is asked: the maps average over all asking patches."
-    far = {
-        name: torch.cat([views[row].distances[name] for row in measured]).mean(0)  # type: ignore[union-attr]
-        for name in first.distances
-    }
+    looked = [views[row] for row in measured]
     height, width = gallery.preprocess.image_size
+    noun, frames = gallery.dataset.noun, gallery.preprocess.frames
     return {
-        "about": about,
+        "about": _about(shown[0][1].asking, noun, chosen),
         "cards": [_card(gallery, row, view) for row, view in shown],
         "hard": gallery.hard,
-        "distances": draw.distances(list(far.values()), [first.even_distances[name] for name in far]),
+        "strips": gallery.dataset.video,
+        "distances": _distances(looked),
         "distance_about": "Mean distance between a patch and what it attends to, weighted by attention: a dot is a head, the "
-        "line the mean of a layer, the dashed line what attention to all patches in reach alike would give; "
-        f"n = {len(measured)} pictures spread evenly over the set, {height} x {width} pixels.",
+        "line the mean of a layer, the dashed line what attention to all patches in reach alike would give; layers that look "
+        f"along one axis only are left out of the other; n = {len(measured)} {noun}s spread evenly over the set, "
+        f"{f'{frames} frames of ' if frames else ''}{height} x {width} pixels.",
     }
+
+
+def _about(asking: str, noun: str, chosen: str) -> str:
+    about = (
+        f"Each pane is one patch; the brighter it is, the more attention it gets from {asking}, relative to the "
+        f"brightest pane of the same {noun}. Last layer: the last one that looks across the picture, averaged over its heads. "
+        f"Rollout: all layers multiplied together, skip connections counted as half. Shown are {chosen}."
+    )
+    if asking.startswith("the mean"):
+        about += " The model pools by the mean, so no single token is asked: the maps average over all asking patches."
+    if noun == "video":
+        about += " The chart says how the same attention spreads over the frames; dotted, an even spread."
+    return about
+
+
+def _distances(views: Sequence[AttentionView | None]) -> list[Any]:
+    """Charts of the mean distances over views, in pixels and, of clips, in frames."""
+    there = [view for view in views if view is not None]
+    charts = []
+    for unit in ("pixels", "frames"):
+        parts = [view.distances if unit == "pixels" else view.frames for view in there]
+        if parts and parts[0]:
+            even = there[0].even_distances if unit == "pixels" else there[0].even_frames
+            means = {name: torch.cat([part[name] for part in parts]).mean(0) for name in parts[0]}
+            charts.append(draw.distances(list(means.values()), [even[name] for name in means], unit))
+    return charts
 
 
 def _look(model: Model, gallery: Gallery, row: int) -> AttentionView | None:
-    """One picture at a time: the maps of all layers together grow with the square of the tokens."""
+    """One sample at a time: the maps of all layers together grow with the square of the tokens."""
     device = next(model.parameters()).device
     normalise = Normalise(gallery.preprocess).to(device)
-    return look(model, normalise(gallery.picture(row)[None].to(device)))
+    return look(model, normalise(gallery.sample(row)[None].to(device)))
 
 
 def _chosen(gallery: Gallery) -> tuple[list[int], str]:
     """Which pictures to look at, and in words how they were chosen."""
     probabilities = gallery.probabilities
     if gallery.dataset.multi_label:
-        return list(range(min(LOOKED_AT, len(probabilities)))), "the first pictures of the set"
+        return list(range(min(LOOKED_AT, len(probabilities)))), f"the first {gallery.dataset.noun}s of the set"
     sure, answers = probabilities.max(1)
     truth = gallery.outputs.targets
     right = (answers == truth).tolist()
@@ -196,13 +223,19 @@ def _chosen(gallery: Gallery) -> tuple[list[int], str]:
     wrong = (answers != truth).nonzero()[:, 0]
     confident = wrong[sure[wrong].argsort(descending=True, stable=True)][:2].tolist()
     rows = [*(first[classes[i]] for i in picked), *confident]
-    return rows, "the first rightly answered picture of up to six classes, and the two most confident mistakes"
+    noun = gallery.dataset.noun
+    return rows, f"the first rightly answered {noun} of up to six classes, and the two most confident mistakes"
 
 
 def _card(gallery: Gallery, row: int, view: AttentionView) -> Context:
-    picture = gallery.picture(row)
-    last, rolled = (draw.overlay(picture, placed.over(*picture.shape[1:])[0].mean(0)) for placed in (view.last, view.rollout))
-    parts: list[Any] = [("picture", picture), ("last layer", last), ("rollout", rolled)]
+    sample, maps = gallery.sample(row), {"last layer": view.last, "rollout": view.rollout}
+    video = sample.ndim == 4
+    drawn = clips.strips(sample, maps)
+    names = {clips.INPUT: clips.numbered(sample, maps) if video else "picture"}
+    parts = {names.get(what, what): draw.data_uri(picture, 960 if video else 224) for what, picture in drawn.items()}
+    if not video:
+        parts["picture"] = draw.data_uri(sample)  # a small one without loss
+    over_time = {what: clips.over_time(placed) for what, placed in maps.items()} if video else {}
     probabilities = gallery.probabilities[row]
     if gallery.dataset.multi_label:
         given, truth = probabilities >= LABEL_THRESHOLD, gallery.outputs.targets[row] > LABEL_THRESHOLD
@@ -211,7 +244,8 @@ def _card(gallery: Gallery, row: int, view: AttentionView) -> Context:
         answer = gallery.dataset.classes[int(probabilities.argmax())]
         right = gallery.dataset.classes[int(gallery.outputs.targets[row])]
     return {
-        "parts": [{"what": what, "uri": draw.data_uri(part)} for what, part in parts],
+        "parts": [{"what": what, "uri": uri} for what, uri in parts.items()],
+        "time": draw.spread_over_time(over_time, sample.shape[1], gallery.name(row)) if video else None,
         "ok": answer == right,
         "answer": answer,
         "truth": right,

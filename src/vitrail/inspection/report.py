@@ -75,6 +75,7 @@ def _context(run: RunRecord, model: Model, data: Data | None, report: Report) ->
     preprocess = (model.card.preprocess if model.card else None) or Preprocess(
         image_size=model.config.image_size, channels=model.config.in_channels
     )
+    noun = "video" if model.takes_clips else "picture"
     weights = "The moving average of the weights" if config.optim.ema else "The final weights"
     gallery = None if data is None or report.outputs is None else _gallery(data, report, preprocess)
     if gallery is not None and len(gallery.dataset.bad) and gallery.dataset.bad.summary() not in report.notes:
@@ -82,10 +83,10 @@ def _context(run: RunRecord, model: Model, data: Data | None, report: Report) ->
     context: dict[str, Any] = {
         "title": f"{data.name if data else Path(config.data).stem or run.path.name} · {model.name or model.family}",
         "subtitle": _subtitle(run, model, data, report),
-        "result": sections.result(report, count_parameters(model), run.minutes, weights, _caution(data, report)),
-        "training": sections.training(run.of_kind("train"), run.of_kind("eval"), config.objective.loss),
-        "confusion": sections.confusion(report),
-        "classes": sections.classes(report),
+        "result": sections.result(report, count_parameters(model), run.minutes, weights, _caution(data, report, noun), noun),
+        "training": sections.training(run.of_kind("train"), run.of_kind("eval"), config.objective.loss, noun),
+        "confusion": sections.confusion(report, noun),
+        "classes": sections.classes(report, noun),
         "calibration": sections.calibration(report),
         "mistakes": None,
         "attention": None,
@@ -123,7 +124,7 @@ def _subtitle(run: RunRecord, model: Model, data: Data | None, report: Report) -
     epochs = max((record.get("epoch") or 0 for record in run.records), default=0)
     told = f"{kind} for {len(report.classes)} {'labels' if report.multi_label else 'classes'}"
     if data is not None and data.train is not None:
-        told += f", trained on {len(data.train):,} pictures"
+        told += f", trained on {len(data.train):,} {data.train.noun}s"
     if steps:
         told += f" for {epochs:.3g} epochs ({steps:,} steps)"
     start = run.config.init_from or ("published weights" if run.config.pretrained else "")
@@ -131,12 +132,12 @@ def _subtitle(run: RunRecord, model: Model, data: Data | None, report: Report) -
     return f"{told}{origin}, seed {run.config.seed}."
 
 
-def _caution(data: Data | None, report: Report) -> str:
-    """What the reader should know about how these pictures were used before."""
+def _caution(data: Data | None, report: Report, noun: str) -> str:
+    """What the reader should know about how these samples were used before."""
     if report.split == "train":
-        return "These pictures were trained on: the numbers say how well they were learnt, not how well others are recognised."
+        return f"These {noun}s were trained on: the numbers say how well they were learnt, not how well others are recognised."
     if report.split == "val":
-        return "These pictures were not trained on, but progress was judged by them; there is no separate test set."
+        return f"These {noun}s were not trained on, but progress was judged by them; there is no separate test set."
     if data is not None and data.val is not None and data.val is data.test:
-        return "These pictures were not trained on, but progress was judged by them during training too."
-    return "These pictures were not used in training in any way."
+        return f"These {noun}s were not trained on, but progress was judged by them during training too."
+    return f"These {noun}s were not used in training in any way."

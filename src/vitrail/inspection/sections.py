@@ -24,15 +24,16 @@ def percent(value: float, n: float | int, digits: int | None = None) -> str:
     return f"{100 * value:.{(1 if n < 10_000 else 2) if digits is None else digits}f}"
 
 
-def result(report: Report, parameters: int, minutes: float | None, weights: str, caution: str) -> Context:
+def result(report: Report, parameters: int, minutes: float | None, weights: str, caution: str, noun: str) -> Context:
     """The headline number with its interval, and the other numbers around it.
 
-    weights: which weights were measured, the beginning of a sentence; caution: how the pictures were used before.
+    weights: which weights were measured, the beginning of a sentence; caution: how the samples were used before;
+    noun: what a sample is, "picture" or "video".
     """
     metrics, n = report.metrics, report.metrics["n"]
     name = report.headline
     low, high = metrics[f"{name}_low"], metrics[f"{name}_high"]
-    told = {"top1": "of the pictures named rightly (top-1 accuracy)", "map": "mean average precision over the labels"}[name]
+    told = {"top1": f"of the {noun}s named rightly (top-1 accuracy)", "map": "mean average precision over the labels"}[name]
     facts = [_rate(report, "top5", "top-5 accuracy")] if not report.multi_label and len(report.classes) > 5 else []
     if report.multi_label:
         facts += [_rate(report, "micro_f1", "micro F1"), _rate(report, "macro_f1", "macro F1")]
@@ -50,8 +51,8 @@ def result(report: Report, parameters: int, minutes: float | None, weights: str,
     support = np.array([row["support"] for row in report.per_class])
     chance = None if report.multi_label else float(support.max() / support.sum())
     return {
-        "about": f"{weights} on the {_SPLITS.get(report.split, report.split or 'given')} pictures. {caution}",
-        "interval": "The interval is a bootstrap over these pictures: it shows how far the number would move with another "
+        "about": f"{weights} on the {_SPLITS.get(report.split, report.split or 'given')} {noun}s. {caution}",
+        "interval": f"The interval is a bootstrap over these {noun}s: it shows how far the number would move with another "
         "sample of this size, not with another training run.",
         "value": percent(metrics[name], n),
         "name": told,
@@ -74,7 +75,9 @@ def _rate(report: Report, name: str, title: str) -> dict[str, str]:
     return {"name": title, "value": f"{percent(report.metrics[name], n)} %", "note": f"95 % interval {low} to {high}"}
 
 
-def training(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], loss: str) -> Context | None:
+def training(
+    steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], loss: str, noun: str
+) -> Context | None:
     """Charts of loss, accuracy and learning rate from the run's records; None if there are none."""
     trained = {name: line(steps, name) for name in ("loss", "accuracy", "lr")}
     judged = {name: line(evaluations, name) for name in ("nll", "top1", "map", "macro_f1")}
@@ -93,8 +96,8 @@ def training(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[s
         if there:
             drawn.append(draw.curves(there, title, percent=title in ("Accuracy", "Mean average precision")))
     about = (
-        "Training values are means over the augmented pictures of the steps before each point, so they are usually worse than "
-        "those of the same weights on unchanged pictures. Validation values are of the whole validation set."
+        f"Training values are means over the augmented {noun}s of the steps before each point, so they are usually worse than "
+        f"those of the same weights on unchanged {noun}s. Validation values are of the whole validation set."
     )
     return {"charts": drawn, "about": about} if drawn else None
 
@@ -105,7 +108,7 @@ def line(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], 
     return [float(r["epoch"]) for r in there], [math.nan if r[name] is None else float(r[name]) for r in there]
 
 
-def confusion(report: Report) -> Context:
+def confusion(report: Report, noun: str) -> Context:
     """A table of counts for few classes, a chart in an order of likeness for many, and the most frequent confusions."""
     if report.multi_label:
         rows = []
@@ -121,7 +124,7 @@ def confusion(report: Report) -> Context:
         {"truth": truth, "answer": answer, "count": count, "share": f"{percent(share, n)} %"}
         for truth, answer, count, share in report.top_confusions(12 if len(report.classes) <= MATRIX_CLASSES else 24)
     ]
-    about = f"Rows are what a picture is, columns what the model called it; n = {n:,}. "
+    about = f"Rows are what a {noun} is, columns what the model called it; n = {n:,}. "
     if len(report.classes) > MATRIX_CLASSES:
         about += "The colour is the share of the row; classes that are confused with each other lie side by side."
         return {"about": about, "rows": [], "chart": draw.confusion_chart(report.confusion, report.classes), "top": top}
@@ -147,7 +150,7 @@ def _cell(count: int, total: int, hit: bool, title: str) -> Context:
     return {"count": count, "alpha": f"{alpha:.3f}", "kind": kind, "title": title}
 
 
-def classes(report: Report) -> Context:
+def classes(report: Report, noun: str) -> Context:
     """The class table, weakest first."""
     n = report.metrics["n"]
     keys = ["recall", "precision", "f1", *(["average_precision"] if report.multi_label else [])]
@@ -160,11 +163,11 @@ def classes(report: Report) -> Context:
             text = f"{percent(row[key], n, 1)} %" if defined else "–"
             cells.append({"text": text, "bar": f"{100 * row[key]:.1f}" if defined and key == keys[-1] else None})
         rows.append({"name": row["class"], "cells": cells})
-    about = "Weakest first. Recall: how many of a class's pictures were found; precision: how many answers of that name "
+    about = f"Weakest first. Recall: how many of a class's {noun}s were found; precision: how many answers of that name "
     about += "were right; F1: their harmonic mean."
     if any(not math.isfinite(row[key]) for row in weakest for key in keys):
-        about += " A dash: these pictures have no such class, or it was never answered."
-    columns = ["pictures", "recall", "precision", "F1", *(["average precision"] if report.multi_label else [])]
+        about += f" A dash: these {noun}s have no such class, or it was never answered."
+    columns = [f"{noun}s", "recall", "precision", "F1", *(["average precision"] if report.multi_label else [])]
     return {"about": about, "columns": columns, "rows": rows[:TABLE_CLASSES], "more": rows[TABLE_CLASSES:]}
 
 

@@ -67,7 +67,7 @@ def subject(model: Model, name: str, inputs: Sequence[str], most: int) -> tuple[
         try:
             if item.picture is None:
                 raise ValueError(item.error)
-            samples.append(Sample(Path(item.name).name, _read(item, preprocess)))
+            samples.append(Sample(_new_name(Path(item.name).name, samples), _read(item, preprocess)))
         except (OSError, ValueError) as problem:
             problems.append(f"{item.name}: {problem}")
     if inputs and not samples:
@@ -86,6 +86,15 @@ def _asked(inputs: Sequence[str], preprocess: Preprocess, most: int) -> Iterable
         raise ConfigError(f"the model takes {wanted}, but the samples of {first} are {dataset.noun}s")
     places = torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).round().long().tolist()
     return (Asked(dataset.names(place), dataset.read(place)) for place in places)
+
+
+def _new_name(name: str, samples: Sequence[Sample]) -> str:
+    """Files are called after samples, so two of one name, from two folders, must not be the same."""
+    taken = {Path(sample.name).stem for sample in samples}
+    stem, suffix, number = Path(name).stem, Path(name).suffix, 2
+    while Path(name).stem in taken:
+        name, number = f"{stem}-{number}{suffix}", number + 1
+    return name
 
 
 def _read(item: Asked, preprocess: Preprocess) -> Tensor:

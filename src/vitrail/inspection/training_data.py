@@ -20,6 +20,7 @@ NAMED = 30  # unreadable files
 def summary(data: Data, config: RunConfig, preprocess: Preprocess) -> Context:
     """The data section."""
     shown = augmented(data, config, preprocess) if data.train is not None and len(data.train) else {"augmented": []}
+    noun = next(iter(data.splits().values())).noun
     splits, bad = [], []  # counted after reading pictures for this page, so that what could not be read is among them
     for name, dataset in data.splits().items():
         counts = dataset.class_counts()
@@ -36,9 +37,10 @@ def summary(data: Data, config: RunConfig, preprocess: Preprocess) -> Context:
         bad += [f"{name}: {file}: {reason}" for file, reason in dataset.bad]
     more = [f"and {len(bad) - NAMED:,} more"] if len(bad) > NAMED else []
     return {
-        "about": f"{data.name}: {len(data.classes)} {'labels, any number a picture' if data.multi_label else 'classes'}. "
+        "about": f"{data.name}: {len(data.classes)} {f'labels, any number a {noun}' if data.multi_label else 'classes'}. "
         "Unreadable are those met while this page was made: all of the evaluated split, and of sets that fit into memory; "
-        "vitrail data check reads every picture.",
+        f"vitrail data check reads every {noun}.",
+        "noun": noun,
         "splits": splits,
         "notes": data.notes,
         "bad": bad[:NAMED] + more,
@@ -73,4 +75,7 @@ def augmented(data: Data, config: RunConfig, preprocess: Preprocess) -> Context:
     shown = [
         {"uri": draw.data_uri(draw.still(picture), 112), "label": name} for picture, name in zip(pixels, names, strict=True)
     ]
-    return {"augmented": shown, "augmented_about": f"The first {len(shown)} pictures of the first training step, {about}."}
+    return {
+        "augmented": shown,
+        "augmented_about": f"The first {len(shown)} {data.train.noun}s of the first training step, {about}.",
+    }
