@@ -57,3 +57,14 @@ def test_attention_costs_what_the_laws_say(tmp_path: Path) -> None:
     assert points[3].attention == 4 * points[2].attention  # Swin
     assert 15 < points[1].attention / points[0].attention < 16  # a ViT, whose class token does not grow
     assert (tmp_path / "cost.png").is_file()
+
+
+def test_segmentation_compares_families_at_equal_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "segments.png"
+    example("segment_emoji").main(("vit", "swin"), flops=5e8, seeds=(0, 1), scale=0.25, pictures=8, out=out)
+    _, vit, swin = capsys.readouterr().out.splitlines()
+    assert vit.startswith("vit, fpn head: mean IoU ")
+    assert swin.startswith("swin, fpn head: mean IoU ")
+    assert "over 2 seeds" in swin
+    with Image.open(out) as drawn:
+        assert drawn.size == (2 * 64 * 8, 2 * 64 * 3)
