@@ -55,12 +55,12 @@ def published_tables() -> tuple[list[str], list[str]]:
     from vitrail.cost import count_flops, count_parameters
     from vitrail.models import create_model
 
-    counted: dict[tuple[str, tuple[int, ...]], tuple[int, int]] = {}
+    counted: dict[tuple[str, tuple[int, ...], bool], tuple[int, int]] = {}
     by_reason: dict[str, list[published.Difference]] = defaultdict(list)
     rows = published.printed()
     lines = ["| model | input | parameters | as printed | GMACs | as printed | printed by |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        key = row.model, row.shape
+        key = row.model, row.shape, bool(row.gmacs)
         if key not in counted:
             settings: dict[str, object] = {"frames": row.shape[1]} if len(row.shape) == 4 else {}
             with torch.device("meta"):
