@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.results import bootstrap_interval, machine, merge
+from benchmarks.results import bootstrap_interval, kind_of, machine, merge
 from vitrail.layers import attention
 from vitrail.layers.attention import AttentionSite, attend
 
@@ -51,9 +51,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--precisions", nargs="+", default=("fp32", "bf16"), choices=("fp32", "bf16"))
     arguments = parser.parse_args()
-    kind = arguments.device
-    if kind == "cpu" and (attention._AMX or not torch.cpu._is_avx512_supported()):
-        kind = "cpu-amx" if attention._AMX else "cpu-avx2"
     for precision in arguments.precisions:
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         for training in (False, True):
@@ -67,7 +64,7 @@ def main() -> None:
                 task = "train" if training else "infer"
                 row = {"ratio": statistics.median(ratios), "low": low, "high": high, "pairs": arguments.pairs}
                 cell = f"{precision} {task} batch {b} tokens {n} heads {heads}" + (f" of {width}" if width != 64 else "")
-                merge(f"attention-{kind}", cell, row, machine(arguments.device, ("torch",)))
+                merge(f"attention-{kind_of(arguments.device)}", cell, row, machine(arguments.device, ("torch",)))
                 print(f"{cell:42s} {row['ratio']:.2f} [{low:.2f}, {high:.2f}]", flush=True)
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.results import bootstrap_interval, machine, merge
+from benchmarks.results import bootstrap_interval, kind_of, machine, merge
 from vitrail.checkpoints.mapping import write
 from vitrail.checkpoints.store import SOURCES, load_model
 from vitrail.cost import count_flops, matmul_peak, memory_format
@@ -484,7 +484,7 @@ def main() -> None:
                         print(cell)
                         continue
                     row = run_cell(name, task, precision, mode, arguments.pairs, arguments.device)
-                    merge(f"models-{arguments.device}", cell, row, machine(arguments.device))
+                    merge(f"models-{kind_of(arguments.device)}", cell, row, machine(arguments.device))
                     print(_line(cell, row), flush=True)
 
 

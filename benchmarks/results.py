@@ -50,6 +50,15 @@ def machine(
     }
 
 
+def kind_of(device: str) -> str:
+    """What the figures of a device are filed under: "cuda", "cpu" (AVX512), "cpu-amx" (with matrix tiles) or "cpu-avx2"."""
+    if device != "cpu":
+        return device
+    if torch.cpu._is_amx_tile_supported():
+        return "cpu-amx"
+    return "cpu" if torch.cpu._is_avx512_supported() else "cpu-avx2"
+
+
 def merge(name: str, cell: str, row: dict[str, Any], where: dict[str, Any]) -> Path:
     """Put one cell into results/NAME.json, leaving the others as they are; written whole or not at all."""
     path = RESULTS / f"{name}.json"

@@ -69,7 +69,9 @@ def data(cells: Cells) -> str:
     return "\n".join([*lines, "", *checks, "", _where(cells)])
 
 
-TABLES: dict[str, Callable[[Cells], str]] = {"models-cpu": models, "models-cuda": models, "data": data}
+TABLES: dict[str, Callable[[Cells], str]] = {
+    "models-cpu": models, "models-cpu-avx2": models, "models-cuda": models, "data": data,
+}  # fmt: skip
 
 
 def _verdict(row: dict[str, Any]) -> str:
@@ -110,7 +112,7 @@ def page(text: str, folder: Path = RESULTS) -> str:
         table = TABLES[name](json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else "Not measured yet."
         return f"<!-- {name} -->\n{table}\n<!-- end -->"
 
-    return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- ([a-z0-9-]+) -->\n.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
