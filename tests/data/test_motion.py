@@ -8,7 +8,7 @@ import torch
 
 from vitrail.config import ConfigError, DataConfig
 from vitrail.data import ImageDataset, open_data
-from vitrail.data.embedded.motion import FRAMES, MOTIONS, SIDE, MotionStore, draw, opposite, reverse, scene
+from vitrail.data.embedded.motion import FRAMES, MOTIONS, SIDE, MotionStore, cut_out, draw, opposite, reverse, scene
 from vitrail.data.footage import open_footage
 
 
@@ -35,9 +35,9 @@ def test_a_reversed_clip_is_a_true_sample_of_the_opposite_class(train: ImageData
     source = store(train)
     for row in range(24):
         shown = source.scene(row)
-        clip = draw(shown, source.sheet)
+        clip = draw(shown, source.drawings)
         assert clip.shape == (3, FRAMES, SIDE, SIDE)
-        assert torch.equal(clip.flip(1), draw(reverse(shown), source.sheet)), shown.motion
+        assert torch.equal(clip.flip(1), draw(reverse(shown), source.drawings)), shown.motion
         assert reverse(shown).motion == opposite(shown.motion)
         assert not torch.equal(clip[:, 0], clip[:, -1])
 
@@ -47,8 +47,8 @@ def test_motions_do_what_they_are_called(train: ImageDataset) -> None:
     source = store(train)
     for row in range(40):
         shown = source.scene(row)
-        clip = draw(shown, source.sheet).float()
-        background = draw(shown, torch.full_like(source.sheet, 255)).float()  # nothing but white: all cut out
+        clip = draw(shown, source.drawings).float()
+        background = draw(shown, torch.zeros_like(source.drawings)).float()  # all cut out
         mask = ((clip - background).abs().sum(0) > 30).float()
         y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
         area = mask.sum((1, 2)).clamp(min=1)
@@ -64,10 +64,34 @@ def test_motions_do_what_they_are_called(train: ImageDataset) -> None:
     sheet[0, :, 4:14, 14:18] = 0  # a hand of a clock, pointing up
     shown = scene(MOTIONS.index("turn right"), np.array([0]))
     assert shown.motion == "turn right"
-    hand = (draw(shown, sheet).float() - draw(shown, torch.full_like(sheet, 255)).float()).abs().sum(0)
+    drawings = cut_out(sheet)
+    hand = (draw(shown, drawings).float() - draw(shown, torch.zeros_like(drawings)).float()).abs().sum(0)
     x = torch.arange(SIDE).float()
     tip = (hand.sum(1) * x).sum(1) / hand.sum((1, 2))
     assert tip[-1] > tip[0] + 3
+
+
+def test_a_disc_that_turns_does_not_seem_to_rest() -> None:
+    y, x = torch.meshgrid(torch.arange(32.0) - 15.5, torch.arange(32.0) - 15.5, indexing="ij")
+    sheet = torch.where(x**2 + y**2 < 200, 0, 255).to(torch.uint8).expand(1, 3, 32, 32)
+    for motion in ("turn left", "turn right"):
+        clip = draw(scene(MOTIONS.index(motion), np.array([0])), cut_out(sheet)).float()
+        assert ((clip[:, 1:] - clip[:, :-1]).abs().amax((0, 2, 3)) > 30).all()
+
+
+def test_only_white_that_reaches_the_border_is_cut_out() -> None:
+    """A ring, and a snail's shell whose inside has a way out of fifteen bends."""
+    ring = torch.full((32, 32), 255, dtype=torch.uint8)
+    ring[8:24, 8:24] = 0
+    ring[12:20, 12:20] = 255
+    snake = torch.full((32, 32), 0, dtype=torch.uint8)
+    snake[1::2, 1:-1] = 255
+    for row in range(2, 30, 2):
+        snake[row, 1 if row % 4 else -2] = 255
+    snake[0, 5], snake[-1] = 255, 0
+    opacity = cut_out(torch.stack([ring, snake]).unsqueeze(1).expand(-1, 3, -1, -1))[:, 3]
+    assert opacity[0].eq(255).sum() == 16 * 16
+    assert torch.equal(opacity[1].eq(0), snake.eq(255))
 
 
 def test_samples_are_a_function_of_their_number(train: ImageDataset) -> None:
@@ -97,7 +121,7 @@ def test_test_clips_show_other_drawings(train: ImageDataset) -> None:
 def test_only_the_wanted_frames_are_drawn(train: ImageDataset) -> None:
     """Frames 3 and 9 alone are those of the whole clip; a model of grey pictures gets them in grey."""
     shown = store(train).scene(5)
-    whole = draw(shown, store(train).sheet).permute(1, 2, 3, 0).numpy()
+    whole = draw(shown, store(train).drawings).permute(1, 2, 3, 0).numpy()
     with open_footage(store(train).read(5)) as opened:
         assert (len(opened.times), opened.end, opened.size) == (FRAMES, 1.0, (SIDE, SIDE))
         found = dict(opened.frames([9, 3, 9]))

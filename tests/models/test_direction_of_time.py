@@ -35,7 +35,7 @@ def clips() -> tuple[torch.Tensor, torch.Tensor]:
     store = data.store
     assert isinstance(store, MotionStore)
     scenes = [store.scene(row) for row in range(8)]
-    there, back = (torch.stack([draw(s, store.sheet) for s in some]) for some in (scenes, [reverse(s) for s in scenes]))
+    there, back = (torch.stack([draw(s, store.drawings) for s in some]) for some in (scenes, [reverse(s) for s in scenes]))
     # Fifteen frames of sixteen, every second one, so that the clip backwards shows the same frames.
     assert torch.equal(back.flip(2), there)
     clip = nn.functional.interpolate(there[:, :, :15].float() / 255 - 0.5, (15, 32, 32))[:, :, ::2]

@@ -30,6 +30,7 @@ class QuickGELU(nn.Module):
 
 
 MLPS = ("plain", "swiglu")
+INITS = ("xavier", "normal")
 
 
 @dataclass(frozen=True)

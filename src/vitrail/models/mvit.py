@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.layers.attention import AttentionSite, attend
-from vitrail.layers.block import MLP, DropPath
+from vitrail.layers.block import INITS, MLP, DropPath, init_encoder
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
 from vitrail.layers.pool import Pool, Steps, shrink, slide, to_maps, to_tokens
@@ -31,6 +31,7 @@ CHOICES = {
     "grow": ("attention", "mlp"),
     "position": ("none", "separable", "joint"),
     "pool": ("cls", "mean"),
+    "init": INITS,
 }
 
 
@@ -62,6 +63,7 @@ class MViTConfig:
     residual_class: bool = False  # that of the class token too: timm; torchvision and PySlowFast leave it out
     norm_eps: float = 1e-6
     pool_norm_eps: float = 1e-6  # of the norms after pooling: pytorchvideo 1e-5
+    init: str = "normal"  # of the products: normal (0.02), as published; xavier, for narrow models
     qkv_bias: bool = True
     drop_path: float = 0.0  # published: 0.2 (v1-B, v2-S video), 0.3 (24 blocks), 0.1 (pictures; B 0.3)
     dropout: float = 0.0  # before the classifier; published: 0.5 for clips
@@ -336,12 +338,8 @@ class MViT(Model):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """Truncated normals of 0.02 for products and the class token, as in the published code."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith("head"):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Products as the config says; the class token 0.02, as in the published code."""
+        init_encoder(self, self.config.init)
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.layers.block import MLP, Attention, BlockConfig, DropPath, heads_problem, init_encoder
+from vitrail.layers.block import INITS, MLP, Attention, BlockConfig, DropPath, heads_problem, init_encoder
 from vitrail.layers.embed import PatchEmbed, frames_problem, size_problem
 from vitrail.layers.features import Features
 from vitrail.layers.fold import Grid, fold, fold_rows, unfold
@@ -51,6 +51,7 @@ class TimeSformerConfig:
     resize: str = "nearest"  # the published rule for positions of another grid
     norm_eps: float = 1e-6
     activation: str = "gelu"
+    init: str = "normal"  # of the products: normal (0.02) and new steps zero, as published; xavier, for narrow models
     qkv_bias: bool = True
     drop_path: float = 0.0  # 0.1 in the published training
     dropout: float = 0.0
@@ -58,7 +59,7 @@ class TimeSformerConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError on settings that contradict each other."""
-        for name, allowed in (("attention", tuple(SCHEMES)), ("position", VIDEO_KINDS)):
+        for name, allowed in (("attention", tuple(SCHEMES)), ("position", VIDEO_KINDS), ("init", INITS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         for problem in (
@@ -94,7 +95,7 @@ class TimeSformerConfig:
 class Step(nn.Module):
     """Attention of a block's earlier steps: among the patches of each group, through a linear layer of its own.
 
-    The last layer starts at zero, so that a new step changes nothing (the published code, in every block).
+    Under the published initialisation the last layer starts at zero, so that a new step changes nothing (in every block).
     """
 
     def __init__(self, config: BlockConfig, axis: str):
@@ -176,9 +177,9 @@ class TimeSformer(Model):
         self.blocks = nn.ModuleList(TimeSformerBlock(shared, SCHEMES[c.attention], rate) for rate in rates)
         self.norm = nn.LayerNorm(c.width, c.norm_eps)
         self.head = ClassifierHead(c.width, c.num_classes)
-        init_encoder(self, "normal")
+        init_encoder(self, c.init)
         for module in self.modules():
-            if isinstance(module, Step):
+            if isinstance(module, Step) and c.init == "normal":
                 nn.init.zeros_(module.fc.weight)
 
     def features(self, x: Float[Tensor, "b c t h w"]) -> Features:

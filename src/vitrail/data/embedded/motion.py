@@ -7,12 +7,13 @@ model that does not use their order cannot be right more often than every other 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,9 +26,11 @@ MOTIONS = ("left", "right", "up", "down", "zoom in", "zoom out", "turn left", "t
 SIDE, FRAMES, RATE = 64, 16, 16.0  # pixels, frames, frames per second
 TRAIN_CLIPS, TEST_CLIPS = 4000, 800
 TEST_DRAWINGS = 5  # every fifth drawing is kept for the test clips
+_SHIFT, _ZOOM, _TURN = 1.0, 1.2, math.pi  # from first to last frame: halves of the picture, logarithm of the size, radians
+_FOOT = 0.5  # what a drawing turns about, from its middle (0), where a disc would seem to rest, to its lower edge (1)
 _SPRITE = 32
 _WHITE = 244  # of the sheet's background, with what lossy compression did to it
-_WAVES = 3
+_WAVES, _STRENGTH, _COLOURS = 3, 12, (96, 160)  # of the texture; pale beside the drawings, which are what moves
 _CENTRES = (2 * torch.arange(SIDE) + 1) / SIDE - 1  # of pixels, in -1..1
 
 
@@ -55,13 +58,13 @@ def opposite(motion: str) -> str:
 def scene(index: int, drawings: np.ndarray, seed: int = 0) -> Scene:
     """Scene number `index`: the motions come in turn, the rest is a pure function of (seed, index)."""
     rng = np.random.default_rng((seed, index))
-    x, y = rng.uniform(-0.25, 0.25, 2)
+    x, y = rng.uniform(-0.2, 0.2, 2)
     return Scene(
         motion=MOTIONS[index % len(MOTIONS)],
         drawing=int(drawings[rng.integers(len(drawings))]),
         x=float(x),
         y=float(y),
-        size=float(rng.uniform(0.35, 0.55)),
+        size=float(rng.uniform(0.5, 0.75)),
         angle=float(rng.uniform(-0.5, 0.5)),
         extent=float(rng.uniform(0.6, 1.0)),
         texture=int(rng.integers(2**31)),
@@ -74,75 +77,80 @@ def reverse(shown: Scene) -> Scene:
 
 
 def draw(
-    shown: Scene, sheet: UInt8[Tensor, "n 3 s s"], numbers: Sequence[int] | np.ndarray = range(FRAMES)
+    shown: Scene, drawings: UInt8[Tensor, "n 4 s s"], numbers: Sequence[int] | np.ndarray = range(FRAMES)
 ) -> UInt8[Tensor, "3 t h w"]:
-    """The clip of a scene, or of its frames those of these numbers; sheet: the drawings."""
-    step = np.arange(FRAMES)
+    """The clip of a scene, or of its frames those of these numbers; drawings: as `cut_out` makes them."""
+    step = np.asarray(numbers)
     going = (2.0 * step - (FRAMES - 1)) / (2 * (FRAMES - 1))  # -0.5 .. 0.5, the same backwards with the other sign
     pair, forwards = divmod(MOTIONS.index(shown.motion), 2)
     going = (going if forwards else -going) * shown.extent
-    x, y, size, angle = (np.full(FRAMES, value) for value in (shown.x, shown.y, shown.size, shown.angle))
+    x, y, size, angle = (np.full(len(step), value) for value in (shown.x, shown.y, shown.size, shown.angle))
     if pair == 0:
-        x = x + going
+        x = x + _SHIFT * going
     elif pair == 1:
-        y = y + going
+        y = y + _SHIFT * going
     elif pair == 2:
-        size = size * np.exp(-1.2 * going)
+        size = size * np.exp(-_ZOOM * going)
     else:
-        angle = angle + 2.0 * going
-    picture = _cut_out(sheet[shown.drawing])
+        turned = angle + _TURN * going
+        x = x + _FOOT * size * (np.sin(turned) - np.sin(angle))
+        y = y - _FOOT * size * (np.cos(turned) - np.cos(angle))
+        angle = turned
     # Where each pixel of the frame looks into the drawing: moved, turned, scaled.
     cos, sin = np.cos(angle) / size, np.sin(angle) / size
-    matrices = np.stack([cos, sin, -(cos * x + sin * y), -sin, cos, sin * x - cos * y])[:, np.asarray(numbers)]
-    count = matrices.shape[1]
-    grid = torch.empty(count, SIDE, SIDE, 2)
-    for axis, (across, down, start) in enumerate(torch.from_numpy(matrices).float().view(2, 3, count, 1, 1)):
+    matrices = np.stack([cos, sin, -(cos * x + sin * y), -sin, cos, sin * x - cos * y])
+    grid = torch.empty(len(step), SIDE, SIDE, 2)
+    for axis, (across, down, start) in enumerate(torch.from_numpy(matrices).float().view(2, 3, -1, 1, 1)):
         torch.add(across * _CENTRES, down * _CENTRES[:, None] + start, out=grid[..., axis])
-    emoji = F.grid_sample(picture.expand(count, -1, -1, -1), grid, align_corners=False)
-    frames = torch.addcmul(emoji[:, :3], _texture(shown.texture), 1 - emoji[:, 3:])
-    return frames.round_().to(torch.uint8).transpose(0, 1)
+    picture = drawings[shown.drawing].float()[None]
+    emoji = F.grid_sample(picture, grid.view(1, -1, SIDE, 2), align_corners=False)[0].unflatten(1, (-1, SIDE))  # 4 t h w
+    frames = torch.addcmul(emoji[:3], _texture(shown.texture)[:, None], 1 - emoji[3:] / 255)
+    return frames.round_().to(torch.uint8)
 
 
-def _cut_out(drawing: UInt8[Tensor, "3 s s"]) -> Tensor:
-    """float32 (4, s, s): colour times opacity, and opacity: 0 for what is white as far as the border."""
-    white = (drawing.amin(0) >= _WHITE).numpy()
-    outside = np.zeros((_SPRITE + 2, _SPRITE + 2), bool)
-    outside[0], outside[-1], outside[:, 0], outside[:, -1] = True, True, True, True
+def cut_out(sheet: UInt8[Tensor, "n 3 s s"]) -> UInt8[Tensor, "n 4 s s"]:
+    """Colour, and opacity: 0 (and colour 0) for what is white as far as the border, else 255."""
+    bit = 1 << np.arange(_SPRITE, dtype=np.uint64)
+    white = ((sheet.amin(1) >= _WHITE).numpy() * bit).sum(2, dtype=np.uint64)  # a row of pixels is a number
+    outside = np.zeros((len(sheet), _SPRITE + 2), np.uint64)  # with a row above and one below
+    outside[:, 0] = outside[:, -1] = bit.sum()
+    inside, edges = outside[:, 1:-1], bit[0] | bit[-1]
     while True:
-        near = outside[:-2, 1:-1] | outside[2:, 1:-1] | outside[1:-1, :-2] | outside[1:-1, 2:]
-        grown = white & near
-        if (grown <= outside[1:-1, 1:-1]).all():
+        near = outside[:, :-2] | outside[:, 2:] | inside | inside << np.uint64(1) | inside >> np.uint64(1) | edges
+        grown = near & white
+        if np.array_equal(grown, inside):
             break
-        outside[1:-1, 1:-1] |= grown
-    opacity = torch.from_numpy(~outside[1:-1, 1:-1]).float()[None]
-    return torch.cat([drawing.float() * opacity, opacity])
+        inside[:] = grown
+    opaque = torch.from_numpy(inside[..., None] & bit == 0).unsqueeze(1)
+    return torch.cat([sheet * opaque, opaque.byte() * 255], 1)
 
 
-def _texture(seed: int) -> Tensor:
-    """float32 (3, h, w): a few waves of random length, direction and colour."""
+def _texture(seed: int) -> Float[Tensor, "3 h w"]:
+    """A few waves of random length, direction and colour, in 0..255."""
     rng = np.random.default_rng(seed)
     place = np.arange(SIDE) / SIDE
-    colour = rng.uniform(60, 200, 3)[:, None, None]
-    for _ in range(_WAVES):
-        turn, length, phase = rng.uniform(0, np.pi), rng.uniform(0.15, 0.8), rng.uniform(0, 2 * np.pi)
-        across = np.exp(2j * np.pi * place * np.cos(turn) / length)
-        down = np.exp(1j * (2 * np.pi * place * np.sin(turn) / length + phase))
-        wave = (down[:, None] * across[None, :]).imag  # the sine of the sum, by 2 x 64 functions instead of 64 x 64
-        colour = colour + rng.uniform(-30, 30, 3)[:, None, None] * wave
+    colour = rng.uniform(*_COLOURS, 3)[:, None, None]
+    turn, length, phase = (rng.uniform(low, high, (_WAVES, 1)) for low, high in ((0, np.pi), (0.15, 0.8), (0, 2 * np.pi)))
+    across, down = (2 * np.pi * place * way(turn) / length for way in (np.cos, np.sin))
+    # The sine of a sum, as two products of functions of one coordinate each.
+    rows = np.concatenate([np.sin(down + phase), np.cos(down + phase)])
+    columns = np.concatenate([np.cos(across), np.sin(across)])
+    strength = np.tile(rng.uniform(-_STRENGTH, _STRENGTH, (3, _WAVES)), 2)
+    colour = colour + (strength[:, :, None] * rows).transpose(0, 2, 1) @ columns
     return torch.from_numpy(colour.clip(0, 255).astype(np.float32))
 
 
 class DrawnFrames(Frames):
     """The frames of a scene, drawn when they are asked for."""
 
-    def __init__(self, shown: Scene, sheet: UInt8[Tensor, "n 3 s s"]) -> None:
+    def __init__(self, shown: Scene, drawings: UInt8[Tensor, "n 4 s s"]) -> None:
         super().__init__(np.arange(FRAMES) / RATE, FRAMES / RATE, (SIDE, SIDE))
-        self.scene, self.sheet = shown, sheet
+        self.scene, self.drawings = shown, drawings
 
     def frames(self, wanted: Sequence[int] | np.ndarray) -> Iterator[tuple[int, Pixels]]:
         """(number, pixels); at most 16 frames are held."""
         numbers = np.unique(np.asarray(wanted, np.int64))
-        yield from zip(numbers.tolist(), draw(self.scene, self.sheet, numbers).permute(1, 2, 3, 0).numpy(), strict=True)
+        yield from zip(numbers.tolist(), draw(self.scene, self.drawings, numbers).permute(1, 2, 3, 0).numpy(), strict=True)
 
 
 class MotionStore(Store):
@@ -151,20 +159,21 @@ class MotionStore(Store):
     video = True
 
     def __init__(self, sheet: UInt8[Tensor, "n 3 s s"]) -> None:
-        self.sheet = sheet
+        self.drawings = cut_out(sheet)
+        numbers = np.arange(len(sheet))
+        tested = numbers % TEST_DRAWINGS == 0
+        self.numbers = {"train": numbers[~tested], "test": numbers[tested]}
 
     def __len__(self) -> int:
         return TRAIN_CLIPS + TEST_CLIPS
 
     def scene(self, row: int) -> Scene:
         """What a row shows."""
-        numbers = np.arange(len(self.sheet))
-        tested = numbers % TEST_DRAWINGS == 0
-        return scene(row, numbers[tested if row >= TRAIN_CLIPS else ~tested])
+        return scene(row, self.numbers["train" if row < TRAIN_CLIPS else "test"])
 
     def read(self, row: int) -> Footage:
         """The clip, 16 frames at 16 frames per second; nothing of it is drawn yet."""
-        return Footage(DrawnFrames(self.scene(row), self.sheet))
+        return Footage(DrawnFrames(self.scene(row), self.drawings))
 
     def key(self, row: int) -> bytes:
         """Made from the row number."""
