@@ -19,6 +19,7 @@ from torch import Tensor, nn
 Grid = tuple[int, int, int]
 KINDS = ("none", "1d", "2d", "sincos", "relative")
 PLACES = ("stem", "layers", "shared")
+POSITION_STD = {"xavier": 0.5, "normal": 0.02}  # of tables of clips, by the initialisation of the products
 VIDEO_KINDS = ("none", "joint", "separate")
 RESIZE_RULES = ("bicubic", "bicubic_plain", "bicubic_offset", "bilinear_corners", "nearest", "nearest_sequence")
 
@@ -162,16 +163,18 @@ class VideoPosition(nn.Module):
     """Learned positions of a clip's tokens, for one grid (T, H, W), resized on the way when the grid differs.
 
     `joint`: one vector per place and time (ViViT); `separate`: one per place plus one per time, the latter starting at zero
-    (TimeSformer). Prefix tokens have vectors of their own and no time.
+    (TimeSformer) unless a `std` is given, which both are then drawn with. Prefix tokens have vectors of their own and no time.
     """
 
-    def __init__(self, kind: str, width: int, grid: tuple[int, int, int], prefix: int, rule: str):
+    def __init__(self, kind: str, width: int, grid: tuple[int, int, int], prefix: int, rule: str, std: float | None = None):
         super().__init__()
         self.kind, self.grid, self.prefix, self.rule = kind, grid, prefix, rule
         places = grid[1] * grid[2]
         self.table = nn.Parameter(torch.empty(1, prefix + (places * grid[0] if kind == "joint" else places), width))
-        nn.init.trunc_normal_(self.table, std=0.02)
+        nn.init.trunc_normal_(self.table, std=0.02 if std is None else std)
         self.time = nn.Parameter(torch.zeros(1, grid[0], width)) if kind == "separate" else None
+        if self.time is not None and std is not None:
+            nn.init.trunc_normal_(self.time, std=std)
 
     def forward(self, grid: tuple[int, int, int]) -> Float[Tensor, "1 n c"]:
         """The vectors of the prefix tokens and of the tokens of a grid, frame by frame."""
@@ -265,7 +268,7 @@ class ClipPosition(nn.Module):
     token. Resized on the way when the grid (T, H, W) differs from the built one: places by `rule`, frames linearly.
     """
 
-    def __init__(self, kind: str, width: int, grid: Grid, prefix: int, rule: str = "bicubic"):
+    def __init__(self, kind: str, width: int, grid: Grid, prefix: int, rule: str = "bicubic", std: float = 0.02):
         super().__init__()
         self.grid, self.prefix, self.rule = grid, prefix, rule
         t, h, w = grid
@@ -277,7 +280,7 @@ class ClipPosition(nn.Module):
             self.frames = nn.Parameter(torch.empty(1, t, width))
             self.prefix_table = nn.Parameter(torch.empty(1, prefix, width)) if prefix else None
         for table in self.parameters():
-            nn.init.trunc_normal_(table, std=0.02)
+            nn.init.trunc_normal_(table, std=std)
 
     def forward(self, grid: Grid) -> Float[Tensor, "1 n c"]:
         """The table of all tokens, the prefix first."""

@@ -21,7 +21,7 @@ from vitrail.layers.block import INITS, MLP, DropPath, init_encoder
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
 from vitrail.layers.pool import Pool, Steps, shrink, slide, to_maps, to_tokens
-from vitrail.layers.position import ClipPosition, Grid, RelativePosition
+from vitrail.layers.position import POSITION_STD, ClipPosition, Grid, RelativePosition
 from vitrail.layers.route import Route, Site, Step, asked_by, coarser, pooled, same, tile
 
 from .base import Model, drop_path_rates
@@ -63,7 +63,7 @@ class MViTConfig:
     residual_class: bool = False  # that of the class token too: timm; torchvision and PySlowFast leave it out
     norm_eps: float = 1e-6
     pool_norm_eps: float = 1e-6  # of the norms after pooling: pytorchvideo 1e-5
-    init: str = "normal"  # of the products: normal (0.02), as published; xavier, for narrow models
+    init: str = "normal"  # 0.02, as published; xavier (positions 0.5): for narrow models from scratch
     qkv_bias: bool = True
     drop_path: float = 0.0  # published: 0.2 (v1-B, v2-S video), 0.3 (24 blocks), 0.1 (pictures; B 0.3)
     dropout: float = 0.0  # before the classifier; published: 0.5 for clips
@@ -251,7 +251,9 @@ class MViT(Model):
         padding = _half(c.patch_kernel)
         self.embed = convolution(c.in_channels, c.widths[0], c.patch_kernel, c.patch_stride, padding)  # type: ignore[arg-type]
         self.class_token = nn.Parameter(torch.zeros(1, 1, c.widths[0])) if c.class_token else None
-        self.positions = ClipPosition(c.position, c.widths[0], c.grid(), c.prefix) if c.position != "none" else None
+        self.positions = None
+        if c.position != "none":
+            self.positions = ClipPosition(c.position, c.widths[0], c.grid(), c.prefix, std=POSITION_STD[c.init])
         shapes, rates = block_shapes(c), drop_path_rates(c.drop_path, sum(c.depths))
         self.blocks = nn.ModuleList(Block(c, s, rate) for s, rate in zip(shapes, rates, strict=True))
         self.ends = tuple(sum(c.depths[: s + 1]) for s in range(len(c.depths)))  # number of blocks up to each stage's end

@@ -14,7 +14,7 @@ from vitrail.layers.embed import PatchEmbed, frames_problem, size_problem
 from vitrail.layers.features import Features
 from vitrail.layers.fold import Grid, fold, fold_rows, unfold
 from vitrail.layers.head import ClassifierHead
-from vitrail.layers.position import VIDEO_KINDS, VideoPosition
+from vitrail.layers.position import POSITION_STD, VIDEO_KINDS, VideoPosition
 from vitrail.layers.route import Route, asked_by, tile, whole, within
 
 from .base import Model, drop_path_rates
@@ -51,7 +51,7 @@ class TimeSformerConfig:
     resize: str = "nearest"  # the published rule for positions of another grid
     norm_eps: float = 1e-6
     activation: str = "gelu"
-    init: str = "normal"  # of the products: normal (0.02) and new steps zero, as published; xavier, for narrow models
+    init: str = "normal"  # 0.02, times and new steps zero, as published; xavier (positions 0.5): for narrow models from scratch
     qkv_bias: bool = True
     drop_path: float = 0.0  # 0.1 in the published training
     dropout: float = 0.0
@@ -167,7 +167,8 @@ class TimeSformer(Model):
         nn.init.trunc_normal_(self.class_token, std=0.02)
         self.framewise = c.attention == "space"  # every frame is a picture of its own, up to the last norm
         grid, kind = (c.grid, c.position) if not self.framewise else ((1, *c.grid[1:]), "joint")
-        self.position = None if c.position == "none" else VideoPosition(kind, c.width, grid, 1, c.resize)
+        std = None if c.init == "normal" else POSITION_STD[c.init]
+        self.position = None if c.position == "none" else VideoPosition(kind, c.width, grid, 1, c.resize, std)
         self.drop = nn.Dropout(c.dropout)
         shared = BlockConfig(
             c.width, c.heads, c.mlp_dim, c.norm_eps, c.activation, c.qkv_bias,

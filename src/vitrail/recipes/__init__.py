@@ -7,14 +7,14 @@ from collections.abc import Callable
 from vitrail.config import RunConfig
 
 from .digits import digits
-from .motion import motion, motion_mvit, motion_slowfast, motion_x3d
+from .motion import motion, motion_mvit, motion_slowfast, motion_timesformer, motion_x3d
 from .small import bit, cvt, deit_hard, deit_soft, hybrid, resnet, swin, vit, vit_finetune
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe
     for recipe in (
         *(digits, vit, hybrid, deit_hard, deit_soft, swin, cvt, resnet, bit, vit_finetune),
-        *(motion, motion_mvit, motion_slowfast, motion_x3d),
+        *(motion, motion_mvit, motion_slowfast, motion_timesformer, motion_x3d),
     )
 }
 
@@ -29,6 +29,7 @@ __all__ = [
     "motion",
     "motion_mvit",
     "motion_slowfast",
+    "motion_timesformer",
     "motion_x3d",
     "resnet",
     "swin",
