@@ -203,6 +203,8 @@ class TransferConfig:
 
     freeze: str = ""  # backbone: all but the head; a number: the stem and so many blocks
     head: Literal["zero", "probe"] = "zero"  # a new head: zeros, or solved on the frozen features before the first step
+    inflate: Literal["", "central_frame", "average", "rank_pooling"] = ""
+    """init_from is an image ViT from which a ViViT or TimeSformer (`model`) starts: how its patch kernel becomes tubelets."""
     lora_rank: int = 0  # of a low-rank adaptation, which is trained instead of the weights; 0 = off
     lora_alpha: float = 0.0  # its strength: alpha / rank times the product; 0 = twice the rank
     lora_place: Literal["attention", "all"] = "attention"  # linear layers beside attention, or all but the head's

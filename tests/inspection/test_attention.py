@@ -367,3 +367,18 @@ def test_models_that_cannot_be_looked_into() -> None:
     model = lively(*VARIED[-1][:1], **VARIED[-1][1])
     with pytest.raises(NoPathError, match="convolutions lie between the attention layers of this slowfast"):
         look(model, torch.randn(1, *model.input_shape))
+
+
+@pytest.mark.parametrize(("name", "settings"), VARIED)
+def test_attention_to_all_alike_has_the_even_distance(name: str, settings: dict) -> None:
+    """A model of zeros attends evenly; of a torn window only to what it may reach, however it is padded and shifted."""
+    model = lively(name, **settings)
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
+    sites = route_of(model).sites
+    with record_attention(model) as maps, torch.no_grad():
+        model(torch.randn(1, *model.input_shape))
+    for site in sites.values():
+        for axis, crosses in zip(("time", "space"), spans(site), strict=True):
+            if crosses and site.asking.tokens > site.asking.prefix:
+                assert distance(maps[site.name], site, axis).mean().item() == pytest.approx(even_distance(site, axis), rel=1e-4)

@@ -39,7 +39,7 @@ from . import (
 )
 from .fill import build_for, fill, refit_clips
 from .identity import Origin
-from .inflate import inflate, matching_settings
+from .inflate import KERNELS, inflate, matching_settings
 from .io import (
     find_weights,
     read_json,
@@ -71,6 +71,7 @@ def load_model(
     preprocess: Any = None,
     quiet: bool = False,
     as_video: str = "",
+    kernel: str = KERNELS[0],
     **overrides: Any,
 ) -> Model:
     """A model from weights wherever they are: a file (.safetensors, .npz, .pth, .pyth, .bin, flax), a folder, a run directory,
@@ -86,10 +87,11 @@ def load_model(
     to stderr whenever it is more than a plain load, guesses are called guesses. Raises CheckpointError for files that cannot
     be used or fetched.
 
-    `as_video` names a ViViT or TimeSformer that an image ViT's weights start (see `inflate`); `overrides` are then its fields.
+    `as_video` names a ViViT or TimeSformer that an image ViT's weights start, its patch kernel becoming tubelets as `kernel`
+    says (see `inflate`); `overrides` are then its fields.
     """
     if as_video:
-        return _load_as_video(source, preprocess, quiet, as_video, overrides)
+        return _load_as_video(source, preprocess, quiet, as_video, kernel, overrides)
     state, origin = _open(source)
     report = Report(source=origin.name)
     if "vitrail" in origin.metadata:
@@ -119,7 +121,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def _load_as_video(
-    source: str | Path | Mapping[str, Any], preprocess: Any, quiet: bool, name: str, overrides: Mapping[str, Any]
+    source: str | Path | Mapping[str, Any], preprocess: Any, quiet: bool, name: str, kernel: str, overrides: Mapping[str, Any]
 ) -> Model:
     hints = {key: overrides[key] for key in ("heads", "built_size") if key in overrides}
     image = load_model(source, preprocess=preprocess, quiet=quiet, **hints)
@@ -127,7 +129,7 @@ def _load_as_video(
         raise CheckpointError(f"as_video starts from the weights of a ViT; these are those of a {image.family}")
     changes = {key: value for key, value in overrides.items() if key != "built_size"}
     video = create_model(name, **(matching_settings(image) | changes))
-    new = inflate(image, video)
+    new = inflate(image, video, kernel=kernel)
     if not quiet:
         print(f"{name} from an image model; new: {', '.join(new[:4])} and {max(len(new) - 4, 0)} more", file=sys.stderr)
     card = image.card or ModelCard()

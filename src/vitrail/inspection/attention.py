@@ -163,7 +163,8 @@ def distance(weights: Float[Tensor, "bg k n m"], site: Site, axis: str = "space"
 def even_distance(site: Site, axis: str = "space") -> float:
     """The distance of attention to all tokens in reach alike."""
     g, n, m = *site.queries.shape, site.keys.shape[1]
-    return distance(torch.ones(g, 1, n, m), site, axis).item()
+    reach = torch.ones(g, n, m) if site.apart is None else (~site.apart).float()
+    return distance(reach[:, None], site, axis).item()
 
 
 def _centres(cells: Cells, numbers: Tensor) -> Tensor:

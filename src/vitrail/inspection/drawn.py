@@ -154,18 +154,17 @@ def positions(subject: Subject, out: Path, shown: int) -> list[Block]:
 
 def biases(subject: Subject, out: Path, shown: int) -> list[Block]:
     """Every table of relative position as pictures, a tile per head."""
-    blocks: list[Block] = []
+    pictures: list[dict[str, str]] = []
     rows: list[Sequence[Any]] = []
     for table in bias_tables(subject.model):
         largest = table.heads.abs().max().item()
-        picture = charts.mosaic([charts.signed_tile(head, largest) for head in table.heads], 12, 64)
+        picture = charts.mosaic([charts.signed_tile(head, largest) for head in table.heads], 4, 64)
         _save(picture, out / f"bias-{table.name}.png")
-        blocks.append({"kind": "strip", "title": "", "wide": False,
-                       "pictures": [_picture(picture, f"{table.name}: {table.unit}, up to {largest:.2f}", 640)]})  # fmt: skip
+        pictures.append(_picture(picture, f"{table.name}: {table.unit}, up to {largest:.2f}", 640))
         rows += [(table.name, head, y, x, f"{value:.5f}") for head, part in enumerate(table.heads)
                  for y, line in enumerate(part.tolist()) for x, value in enumerate(line)]  # fmt: skip
     _write_csv(out / "biases.csv", ("table", "head", "row", "column", "value"), rows)
-    return blocks
+    return [{"kind": "strip", "title": "", "wide": False, "pictures": pictures}]
 
 
 def tokens(subject: Subject, out: Path, shown: int) -> list[Block]:

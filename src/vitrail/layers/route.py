@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from .position import Grid
@@ -82,7 +82,7 @@ class Site(NamedTuple):
 
     For b inputs it is (b * g, heads, n, m), all g groups of the first input first: in group g row i asks for token
     queries[g, i] of `asking`, and column j is token keys[g, j] of `cells`; -1 is padding. `links` says what the keys are
-    made of where they are no tokens of the layer before but pooled from them.
+    made of where they are no tokens of the layer before but pooled from them. `apart`: pairs of a group that never meet.
     """
 
     name: str
@@ -91,6 +91,7 @@ class Site(NamedTuple):
     asking: Cells
     cells: Cells
     links: Links | None = None
+    apart: Bool[Tensor, "g n m"] | None = None
 
 
 class Step(NamedTuple):
@@ -136,9 +137,9 @@ def whole(name: str, cells: Cells) -> Step:
     return Step(cells, (Site(name, everyone, everyone, cells, cells),), same(cells.tokens))
 
 
-def within(name: str, groups: Int64[Tensor, "g n"], cells: Cells) -> Step:
-    """The tokens of each group attend to each other."""
-    return Step(cells, (Site(name, groups, groups, cells, cells),), same(cells.tokens))
+def within(name: str, groups: Int64[Tensor, "g n"], cells: Cells, apart: Bool[Tensor, "g n n"] | None = None) -> Step:
+    """The tokens of each group attend to each other, but for pairs that are `apart`."""
+    return Step(cells, (Site(name, groups, groups, cells, cells, apart=apart),), same(cells.tokens))
 
 
 def asked_by(cells: Cells, pool: str = "mean") -> dict[str, Float[Tensor, " n"]]:

@@ -26,6 +26,7 @@ from vitrail.layers.window import (
     order_layout,
     ordered,
     reorder,
+    window_mask,
     window_rows,
 )
 
@@ -298,8 +299,10 @@ class Swin(Model):
                 steps.append(Step(cells, (), pooled(before, cells, (2, 2), (2, 2), (0, 0))))
             grid = cells.grid[1:]
             for i in range(depth):
-                rows = window_rows(grid, c.windows[s], c.shift(s, grid) if i % 2 else (0, 0), c.pad_first)
-                steps.append(within(f"stages.{s}.blocks.{i}.attn.site", rows, cells))
+                shift = c.shift(s, grid) if i % 2 else (0, 0)
+                rows = window_rows(grid, c.windows[s], shift, c.pad_first)
+                apart = window_mask(grid, c.windows[s], shift) if shift != (0, 0) else None
+                steps.append(within(f"stages.{s}.blocks.{i}.attn.site", rows, cells, apart))
         return Route(first, tuple(steps), asked_by(cells))
 
     @property

@@ -28,6 +28,8 @@ def build_model(config: RunConfig, explicit: frozenset[str], classes: tuple[str,
         changes["in_channels"] = config.input.channels
     if config.input.frames is not None:
         changes["frames"] = config.input.frames
+    if config.transfer.inflate:
+        return _from_pictures(config, changes)
     if source := start_weights(config):
         model = load_model(source, **changes)
         if config.init_from and config.model not in ("", model.name) and "model" in explicit:
@@ -40,6 +42,17 @@ def build_model(config: RunConfig, explicit: frozenset[str], classes: tuple[str,
     if config.input.frames is not None and "frames" not in to_dict(MODELS[config.model]):
         raise ConfigError(f"{config.model} takes pictures, so frames {config.input.frames} cannot be set")
     return build(replace_dotted(MODELS[config.model], changes), config.model)
+
+
+def _from_pictures(config: RunConfig, changes: dict[str, Any]) -> Model:
+    """A video model that starts from an image ViT; its head is new."""
+    if not config.init_from:
+        raise ConfigError("inflate says how an image ViT becomes a video model, but no weights are named: give --from")
+    if config.model not in MODELS or "frames" not in to_dict(MODELS[config.model]):
+        raise ConfigError(f"inflate makes a ViViT or a TimeSformer of an image ViT; {config.model} takes no clips")
+    typed = replace_dotted(MODELS[config.model], changes)  # lists of a settings file become tuples
+    wishes = {name: getattr(typed, name) for name in changes}
+    return load_model(config.init_from, as_video=config.model, kernel=config.transfer.inflate, **wishes)
 
 
 def start_weights(config: RunConfig) -> str:
