@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.layers.attention import AttentionSite, attend
-from vitrail.layers.block import ACTIVATIONS, MLP, DropPath
+from vitrail.layers.block import ACTIVATIONS, INITS, MLP, DropPath, init_encoder
 from vitrail.layers.conv import ConvNorm
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
@@ -45,6 +45,7 @@ class CvTConfig:
     attention_scale: str = "width"  # width: whole width ** -0.5 (the authors' code and weights); head: head dim ** -0.5
     norm_eps: float = 1e-5  # the authors' code; transformers too, whatever its layer_norm_eps says
     activation: str = "quick_gelu"  # the authors' code and weights; transformers computes gelu
+    init: str = "normal"  # of products and convolutions: normal (0.02), as published; xavier (products), for narrow models
     drop_path: float = 0.0  # of the last stage, growing inside it (DROP_PATH_RATE of the authors' settings)
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -63,7 +64,7 @@ class CvTConfig:
                 raise ValueError(
                     f"width {width} is not divisible by heads {heads}; nearest valid: {' or '.join(map(str, near))}"
                 )
-        allowed = {"activation": tuple(ACTIVATIONS), "attention_scale": SCALES}
+        allowed = {"activation": tuple(ACTIVATIONS), "attention_scale": SCALES, "init": INITS}
         for name, words in allowed.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(words)}")
@@ -256,12 +257,17 @@ class CvT(Model):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """Truncated normals of 0.02 and zero biases, as in the authors' code."""
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("head"):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        """Truncated normals of 0.02 and zero biases, as in the authors' code; xavier leaves convolutions as torch makes them:
+        a norm follows each.
+        """
+        if self.config.init == "xavier":
+            init_encoder(self)
+        else:
+            for name, module in self.named_modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith("head"):
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
         if self.class_token is not None:
             nn.init.trunc_normal_(self.class_token, std=0.02)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.layers.bias import BIAS_RULES, resize_bias
-from vitrail.layers.block import MLP, DropPath
+from vitrail.layers.block import INITS, MLP, DropPath, init_encoder
 from vitrail.layers.embed import PatchEmbed, size_problem
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
@@ -65,6 +65,7 @@ class SwinConfig:
     pretrained_windows: tuple[tuple[int, int], ...] = ()  # v2: per stage, the unit of the offsets; (): the windows as built
     bias_resize: str = "bicubic_corners"  # v1: rule that fits bias tables to another window (layers/position.py)
     norm_eps: float = 1e-5  # everywhere
+    init: str = "normal"  # of the products: normal (0.02), as published; xavier, for narrow models from scratch
     drop_path: float = 0.0
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -81,7 +82,7 @@ class SwinConfig:
         if min(self.window) < 1:
             raise ValueError(f"window is {self.window}; at least (1, 1)")
         for name, value, allowed in (("fit", self.fit, FITS), ("bias_resize", self.bias_resize, BIAS_RULES),
-                                     ("version", self.version, (1, 2))):  # fmt: skip
+                                     ("version", self.version, (1, 2)), ("init", self.init, INITS)):  # fmt: skip
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
         if self.pretrained_windows and len(self.pretrained_windows) != len(self.depths):
@@ -354,12 +355,9 @@ class Swin(Model):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """Truncated normal products (0.02) as in the original code; in v2 the norms that end a branch start at zero."""
+        """Products as the config says; in v2 the norms that end a branch start at zero, as in the original code."""
+        init_encoder(self, self.config.init)
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module is not self.head.linear:
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
             if isinstance(module, SwinBlock) and not module.norm_first:
                 nn.init.zeros_(module.norm1.weight)
                 nn.init.zeros_(module.norm2.weight)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vitrail.layers.block import ACTIVATIONS, MLPS, Block, BlockConfig, heads_problem, init_encoder
+from vitrail.layers.block import ACTIVATIONS, INITS, MLPS, Block, BlockConfig, heads_problem, init_encoder
 from vitrail.layers.embed import PatchEmbed, size_problem
 from vitrail.layers.features import Features
 from vitrail.layers.head import AttentionPool, ClassifierHead
@@ -21,7 +21,6 @@ from vitrail.layers.route import Cells, Route, Site, Step, asked_by, tile, whole
 from .base import Model, drop_path_rates
 
 POOLS = ("cls", "mean", "cls_mean", "attention")
-INITS = ("xavier", "normal")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def deit_soft() -> RunConfig:
 
 
 def _deit(distillation: DistillationConfig) -> RunConfig:
-    overrides = {**ENCODER, "patch": [8, 8], "drop_path": 0.1}
+    overrides = {**ENCODER, "patch": [8, 8], "drop_path": 0.1, "init": "xavier"}
     return _small("deit_tiny_distilled_patch16_224", overrides, distillation=distillation)
 
 
@@ -94,7 +94,7 @@ def swin() -> RunConfig:
 
     Top-1 on the 412 test photos of docs/results.md after 167 steps (0.4 T FLOPs): 15.5 %, n = 1 seed.
     """
-    overrides = {"width": 32, "depths": [2, 4], "heads": [2, 4], "window": [6, 6], "drop_path": 0.1}
+    overrides = {"width": 32, "depths": [2, 4], "heads": [2, 4], "window": [6, 6], "drop_path": 0.1, "init": "xavier"}
     return _small("swin_tiny_patch4_window7_224", overrides)
 
 
@@ -107,7 +107,7 @@ def cvt() -> RunConfig:
     """
     overrides = {
         "widths": [16, 32, 64], "depths": [1, 1, 3], "heads": [1, 2, 4], "kernels": [3, 3, 3], "strides": [2, 2, 2],
-        "paddings": [1, 1, 1], "drop_path": 0.1,
+        "paddings": [1, 1, 1], "drop_path": 0.1, "init": "xavier",
     }  # fmt: skip
     return _small("cvt_13", overrides)
 

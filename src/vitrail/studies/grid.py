@@ -201,8 +201,9 @@ def _run_cell(folder: Path, cell: Cell, asked: Asked, source: Any, clock: _Clock
     clock.passed += 1
     done = read_json(folder / RESULT)
     if done:
-        if done["asked"] != asked.plain():
-            change = _first_change(done["asked"], asked.plain())
+        before = _completed(done["asked"], json.loads(json.dumps({"config": to_dict(RunConfig())})))
+        if before != asked.plain():
+            change = _first_change(before, asked.plain())
             raise ConfigError(f"{folder} was run with other settings ({change}); name another out")
         return dict(done["row"])
     start = time.perf_counter()
@@ -228,6 +229,17 @@ def _run_cell(folder: Path, cell: Cell, asked: Asked, source: Any, clock: _Clock
     write_text(folder / RESULT, json.dumps({"asked": asked.plain(), "row": row}, indent=1) + "\n")
     clock.seconds.append(seconds)
     return row
+
+
+def _completed(before: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, with the defaults of settings that did not exist yet."""
+    found = dict(before)
+    for key, value in defaults.items():
+        if key not in before:
+            found[key] = value
+        elif isinstance(value, dict) and isinstance(before[key], dict):
+            found[key] = _completed(before[key], value)
+    return found
 
 
 def _first_change(before: Any, now: Any, where: str = "") -> str:

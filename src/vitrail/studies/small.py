@@ -49,7 +49,7 @@ def family(name: str, image_size: tuple[int, int], scale: float = 1.0) -> dict[s
         widths = [_width(width, scale, heads) for width, heads in ((32, 1), (64, 2), (128, 4))]
         return {
             "model": "cvt_13",
-            "overrides": {"widths": widths, "depths": [1, 1, 2], "heads": [1, 2, 4], "class_token": False},
+            "overrides": {"widths": widths, "depths": [1, 1, 2], "heads": [1, 2, 4], "class_token": False, "init": "xavier"},
         }
     if name == "swin":  # the window is as large as the last stage's map, so that no stage is padded
         window = side // 16 if side >= 48 else 4
@@ -57,6 +57,7 @@ def family(name: str, image_size: tuple[int, int], scale: float = 1.0) -> dict[s
             "model": "swin_tiny_patch4_window7_224",
             "overrides": {
                 "width": _width(32, scale), "depths": [2, 2, 2], "heads": [1, 2, 4], "window": [window, window],
+                "init": "xavier",
             },
         }  # fmt: skip
     return {"model": "vit_tiny_patch16_224", "overrides": vit(image_size, scale)}
