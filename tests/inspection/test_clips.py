@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.inspection.test_attention import lively, planted, route_of
 from tests.inspection.test_report import Page, run_in
 
@@ -35,6 +36,9 @@ def test_a_strip_lights_the_frames_that_are_looked_at() -> None:
     side = drawn[clips.INPUT].height
     assert light[:, :side].mean() < 60
     assert light[:, -side:].mean() > 180
+    eight = clips.beside([Image.new("RGB", (10, 20), (n, 0, 0)) for n in range(8)])
+    assert eight.size == (4 * 14 - 4, 2 * 24 - 4)
+    assert [eight.getpixel((x, y))[0] for y in (0, 24) for x in (0, 14, 28, 42)] == list(range(8))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitrail.inspection import draw
 from vitrail.inspection.attention import Placed
 
-MOST = 8  # frames beside each other
+MOST, ACROSS = 8, 4  # frames shown of a clip, and in a row
 INPUT = "input"
 
 
@@ -60,15 +60,14 @@ def over_time(placed: Placed) -> tuple[Float[Tensor, " e"], Float[Tensor, " t"]]
 
 
 def beside(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures of one height in a row, a thin gap between them."""
+    """Pictures of one size in reading order, `ACROSS` in a row, thin gaps between them."""
     if len(pictures) == 1:
         return pictures[0]
-    gap = 4
-    canvas = Image.new("RGB", (sum(p.width for p in pictures) + gap * (len(pictures) - 1), pictures[0].height), (128,) * 3)
-    left = 0
-    for picture in pictures:
-        canvas.paste(picture, (left, 0))
-        left += picture.width + gap
+    gap, (width, height), columns = 4, pictures[0].size, min(ACROSS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    canvas = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), (128,) * 3)
+    for number, picture in enumerate(pictures):
+        canvas.paste(picture, (number % columns * (width + gap), number // columns * (height + gap)))
     return canvas
 
 

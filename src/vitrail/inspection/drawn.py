@@ -232,7 +232,7 @@ def _strip(subject: Subject, sample: Sample, maps: dict[str, Placed], out: Path,
             what = clips.numbered(sample.pixels, maps)
         else:
             _save(picture, out / f"{stem}-{what.lower().replace(' ', '-')}.png")
-        pictures.append(_picture(picture, what, 320 * shown))
+        pictures.append(_picture(picture, what, 320 * min(shown, clips.ACROSS)))
     with torch.no_grad():
         logits = subject.model.eval()(subject.normalised([sample]))[0] if subject.classes else None
     title = sample.name

@@ -25,7 +25,8 @@ ABOUT = {
     "attention": "Point at a patch of a picture to see where it looks in one layer and head; below the picture are the tokens "
     "that have no place. The brighter a pane, the larger its share, relative to the brightest. Arrow keys move the patch too.",
     "rollout": "All layers joined (Abnar and Zuidema 2020): heads averaged, the shortcut counted as half, or left out as in "
-    "the ViT paper. Merged and pooled tokens are traced back as the mean of what they are made of.",
+    "the ViT paper. Merged and pooled tokens are traced back as the mean of what they are made of; where windows overlap, "
+    "what two of them share counts in both, which shows as a regular grid.",
     "relevance": "For the likeliest class: Grad-CAM on the last map, and attention weighted by its gradient joined through "
     "the layers (Chefer et al. 2021). Bright panes speak for the class.",
     "distance": "Mean distance between a patch and what it attends to, weighted by attention: a dot is a head, the line the "

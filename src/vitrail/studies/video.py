@@ -28,7 +28,7 @@ vitrail study video motion --budget 4e11
 vitrail study video motion --contenders vivit --starts random,central_frame,average --image-data emoji
 vitrail study video clips/ --contenders vivit,timesformer,mvit,x3d --train sampling=dense stride=4"""
 
-TIMESFORMER: dict[str, Any] = {**ENCODER, "patch": [8, 8]}
+TIMESFORMER: dict[str, Any] = {**ENCODER, "patch": [8, 8], "init": "xavier"}
 # name: (recipe, another model than the recipe's, changes of the recipe's model or all settings of the other one)
 CONTENDERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vivit": ("motion", "", {}),

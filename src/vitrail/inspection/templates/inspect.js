@@ -72,11 +72,24 @@
     const state = { place: [frames / 2, height / 2, width / 2], token: null };
     const corner = (tile) => [(tile % across) * (tileW + gap), Math.floor(tile / across) * (tileH + gap)];
     const tileOf = (frame) => clamp(Math.floor(frame / (frames / tiles)), 0, tiles - 1);
+    // The outermost cells reach to the border of the picture: every pixel belongs to the nearest cell.
+    const side = (cells, axis, at, end) => {
+      const low = at - cells.step[axis] / 2, high = at + cells.step[axis] / 2, half = cells.step[axis] / 2;
+      const first = at - cells.origin[axis] < half, last = at - cells.origin[axis] > (cells.grid[axis] - 1.5) * cells.step[axis];
+      return [first ? 0 : clamp(low, 0, end), last ? end : clamp(high, 0, end)];
+    };
     const box = (cells, token) => {
-      const [t, y, x] = centre(cells, token), [left, top] = corner(tileOf(t));
-      const y0 = clamp(y - cells.step[1] / 2, 0, height), y1 = clamp(y + cells.step[1] / 2, 0, height);
-      const x0 = clamp(x - cells.step[2] / 2, 0, width), x1 = clamp(x + cells.step[2] / 2, 0, width);
-      return { tile: tileOf(t), x: x0, y: y0, w: x1 - x0, h: y1 - y0, left, top };
+      const [t, y, x] = centre(cells, token), [y0, y1] = side(cells, 1, y, height), [x0, x1] = side(cells, 2, x, width);
+      return { tile: tileOf(t), x: x0, y: y0, w: x1 - x0, h: y1 - y0 };
+    };
+    // The frames shown that lie nearest to a cell's time, or the one that it lies in.
+    const tilesOf = (cells, token) => {
+      const t = Math.floor((token - cells.prefix) / (cells.grid[1] * cells.grid[2])), found = [];
+      for (let tile = 0; tile < tiles; tile++) {
+        const at = ((tile + 0.5) * frames) / tiles;
+        if (clamp(Math.floor((at - cells.origin[0]) / cells.step[0] + 0.5), 0, cells.grid[0] - 1) === t) found.push(tile);
+      }
+      return found.length ? found : [tileOf(centre(cells, token)[0])];
     };
 
     data.layers.forEach((layer, i) => pick("layer").add(new Option(`${i + 1} · ${layer.name}`, i)));
@@ -118,27 +131,31 @@
       placed.forEach((v, i) => {
         const light = top ? v / top : 0;
         if (light < 0.004) return;
-        const b = box(cells, i + cells.prefix), picture = pictures[b.tile];
-        const sx = picture.naturalWidth / width, sy = picture.naturalHeight / height;
-        ink.globalAlpha = light;
-        ink.drawImage(picture, b.x * sx, b.y * sy, b.w * sx, b.h * sy, b.left + b.x * zoom, b.top + b.y * zoom, b.w * zoom, b.h * zoom);
-        ink.globalAlpha = 0.3 * light;
-        ink.fillStyle = `rgb(${AMBER})`;
-        ink.fillRect(b.left + b.x * zoom, b.top + b.y * zoom, b.w * zoom, b.h * zoom);
-        ink.fillStyle = "#000";
+        const b = box(cells, i + cells.prefix);
+        for (const tile of tilesOf(cells, i + cells.prefix)) {
+          const picture = pictures[tile], [left, y] = corner(tile);
+          const sx = picture.naturalWidth / width, sy = picture.naturalHeight / height;
+          const place = [left + b.x * zoom, y + b.y * zoom, b.w * zoom, b.h * zoom];
+          ink.globalAlpha = light;
+          ink.drawImage(picture, b.x * sx, b.y * sy, b.w * sx, b.h * sy, ...place);
+          ink.globalAlpha = 0.3 * light;
+          ink.fillStyle = `rgb(${AMBER})`;
+          ink.fillRect(...place);
+          ink.fillStyle = "#000";
+        }
       });
       ink.globalAlpha = 1;
       let asks = layer.tokens[token];
       if (token >= layer.asking.prefix && size(layer.asking)) {
-        const b = box(layer.asking, token), [t, y, x] = centre(layer.asking, token);
+        const b = box(layer.asking, token), [t, y, x] = centre(layer.asking, token), [left, top] = corner(b.tile);
         ink.strokeStyle = ASKED;
         ink.lineWidth = 2;
-        ink.strokeRect(b.left + b.x * zoom + 1, b.top + b.y * zoom + 1, Math.max(b.w * zoom - 2, 3), Math.max(b.h * zoom - 2, 3));
+        ink.strokeRect(left + b.x * zoom + 1, top + b.y * zoom + 1, Math.max(b.w * zoom - 2, 3), Math.max(b.h * zoom - 2, 3));
         asks = `the patch at ${Math.round(x)}, ${Math.round(y)}` + (frames > 1 ? ` around frame ${Math.round(t + 0.5)}` : "");
       }
       const percent = (v) => `${(100 * v).toFixed(v < 0.0995 ? 1 : 0)} %`;
       let said = `Asked: ${asks}. The brightest pane gets ${percent(top)}`;
-      if (cells.prefix) said += `; ${percent(away)} go to tokens without a place`;
+      if (away > 0) said += `; ${percent(away)} go to tokens without a place`;
       pick("said").textContent = `${said}.`;
       [...pick("tokens").children].forEach((button, i) => button.setAttribute("aria-pressed", String(i === token)));
       Object.assign(root.dataset, { asked: token, brightest, top: top.toFixed(4), total: total.toFixed(3) });
