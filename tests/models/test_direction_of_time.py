@@ -64,3 +64,16 @@ def test_without_attention_over_time_a_clip_and_its_reversal_get_one_answer(name
 def test_all_others_can_tell_them_apart(name: str, clips: Any) -> None:
     there, back = answers(*SEEING[name], clips)
     assert ((there - back).abs().mean(1) > 2e-3 * there.std(0).mean()).all()
+
+
+def test_a_timesformer_from_scratch_needs_its_own_start_to_see_order(clips: Any) -> None:
+    """As published it has neither times nor steps over time at first: its features of a clip backwards are the same."""
+    moved = {}
+    for init in ("normal", "xavier"):
+        torch.manual_seed(0)
+        model = create_model("timesformer_micro", image_size=(32, 32), frames=8, init=init).eval()
+        with torch.no_grad():
+            there, back = (model.pool(model.features(x)) for x in clips)
+        moved[init] = float((there - back).abs().mean() / there.std(0).mean())
+    assert moved["normal"] < 1e-4
+    assert moved["xavier"] > 0.02, moved

@@ -68,7 +68,7 @@ def motion_mvit() -> RunConfig:
         "widths": [32, 64], "heads": [1, 2], "patch_kernel": [3, 7, 7], "patch_stride": [2, 4, 4],
         "key_strides": [[1, 2, 2], [1, 1, 1]], "init": "xavier",
     }  # fmt: skip
-    return _clips("mvit_micro", overrides, epochs=5.0)
+    return _clips("mvit_micro", overrides, epochs=4.0)
 
 
 def motion_slowfast() -> RunConfig:
@@ -78,7 +78,7 @@ def motion_slowfast() -> RunConfig:
 
     Top-1 on the 800 test clips, seed 0: 88.8 % (n = 1; 95 % interval 86.5 to 90.9 % over clips), one thread of an x86 CPU.
     """
-    return _clips("slowfast_micro", {}, epochs=4.0)
+    return _clips("slowfast_micro", {}, epochs=3.0, lr=2e-3)
 
 
 def motion_x3d() -> RunConfig:
@@ -88,4 +88,4 @@ def motion_x3d() -> RunConfig:
 
     Top-1 on the 800 test clips, seed 0: 36.9 % (n = 1; 95 % interval 33.6 to 40.4 % over clips), one thread of an x86 CPU.
     """
-    return _clips("x3d_micro", {"depths": [1, 2, 2], "widths": [16, 32, 48], "head_width": 128}, epochs=4.0)
+    return _clips("x3d_micro", {"depths": [1, 2, 2], "widths": [16, 32, 48], "head_width": 128}, epochs=3.0, lr=4e-3)

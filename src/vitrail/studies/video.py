@@ -118,9 +118,12 @@ def from_images(config: Config, images: Mapping[int, str]) -> list[tuple[int, Ru
 
 
 def _pinned(kind: Mapping[str, Any]) -> dict[str, Any]:
-    """The family's own activation, which the image model would decide otherwise: all starts are of one architecture."""
-    activation = "gelu_tanh" if kind["model"].startswith("vivit") else "gelu"
-    return {**kind, "overrides": {**kind["overrides"], "activation": activation}}
+    """The family's own activation, which the image model would decide otherwise: all starts are of one architecture.
+
+    And TimeSformer's published start, whose steps over time change nothing of an image model.
+    """
+    own = {"activation": "gelu_tanh"} if kind["model"].startswith("vivit") else {"activation": "gelu", "init": "normal"}
+    return {**kind, "overrides": {**kind["overrides"], **own}}
 
 
 def measure(config: Config) -> list[Row]:
