@@ -54,7 +54,7 @@ def motion_timesformer() -> RunConfig:
     vitrail train motion --recipe motion_timesformer
     """
     overrides = {"width": 64, "depth": 2, "heads": 4, "mlp_dim": 128, "patch": [8, 8], "init": "xavier"}
-    return _clips("timesformer_micro", overrides, epochs=6.0)
+    return _clips("timesformer_micro", overrides, epochs=10.0, lr=1.5e-3)
 
 
 def motion_mvit() -> RunConfig:
