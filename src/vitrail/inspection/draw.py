@@ -158,12 +158,13 @@ def plot_over_time(
     """Each map's share per frame: bars of the first one, steps of the others, and dotted what all frames alike would get."""
     highest = 0.0
     for number, (name, (edges, shares)) in enumerate(maps.items()):
-        values = (shares / edges.diff()).numpy()
-        tone, inside = tones[number % len(tones)], edges.clamp(0.5, frames + 0.5).numpy()
+        # Every frame belongs to the nearest cell, so the outermost cells reach to both ends.
+        inside = torch.cat([edges.new_tensor([0.5]), edges[1:-1], edges.new_tensor([frames + 0.5])])
+        values, tone = (shares / inside.diff()).numpy(), tones[number % len(tones)]
         if number == 0:
-            axes.stairs(values, inside, fill=True, color=tone, alpha=0.45, label=name, linewidth=0)
+            axes.stairs(values, inside.numpy(), fill=True, color=tone, alpha=0.45, label=name, linewidth=0)
         else:
-            axes.stairs(values, inside, color=tone, label=name, linewidth=1.8, linestyle="-" if number == 1 else "--")
+            axes.stairs(values, inside.numpy(), color=tone, label=name, linewidth=1.8, linestyle="-" if number == 1 else "--")
         highest = max(highest, float(values.max()))
     axes.axhline(1 / frames, color=tones[-1], linewidth=1, linestyle=":")
     axes.set(xlim=(0.5, frames + 0.5), ylim=(0, 1.12 * max(highest, 1 / frames)), xlabel="frame", ylabel="per frame")
