@@ -63,7 +63,7 @@ def motion_mvit() -> RunConfig:
 
     vitrail train motion --recipe motion_mvit
 
-    Top-1 on the 800 test clips, seed 0: 94.4 % (n = 1; 95 % interval 92.8 to 96.0 % over clips), 311 CPU seconds of an x86 CPU.
+    Top-1 on the 800 test clips, seed 0: 94.4 % (n = 1; 95 % interval 92.8 to 96.0 % over clips), 311 seconds of an x86 CPU.
     """
     overrides = {
         "widths": [32, 64], "heads": [1, 2], "patch_kernel": [3, 7, 7], "patch_stride": [2, 4, 4],
@@ -77,7 +77,7 @@ def motion_slowfast() -> RunConfig:
 
     vitrail train motion --recipe motion_slowfast
 
-    Top-1 on the 800 test clips, seed 0: 99.6 % (n = 1; 95 % interval 99.1 to 100.0 % over clips), 180 CPU seconds of an x86 CPU.
+    Top-1 on the 800 test clips, seed 0: 99.6 % (n = 1; 95 % interval 99.1 to 100.0 % over clips), 180 seconds of an x86 CPU.
     """
     return _clips("slowfast_micro", {}, epochs=3.0, lr=2e-3)
 
@@ -87,6 +87,6 @@ def motion_x3d() -> RunConfig:
 
     vitrail train motion --recipe motion_x3d
 
-    Top-1 on the 800 test clips, seed 0: 54.4 % (n = 1; 95 % interval 50.8 to 57.8 % over clips), 266 CPU seconds of an x86 CPU.
+    Top-1 on the 800 test clips, seed 0: 54.4 % (n = 1; 95 % interval 50.8 to 57.8 % over clips), 266 seconds of an x86 CPU.
     """
     return _clips("x3d_micro", {"depths": [1, 2, 2], "widths": [16, 32, 48], "head_width": 128}, epochs=3.0, lr=4e-3)
