@@ -1,11 +1,16 @@
-"""Decoding videos side by side with plain PyAV and torchvision: `python -m benchmarks.video`.
+"""Decoding videos side by side with hand-written pipelines on torchvision: `python -m benchmarks.video`.
 
-Both sides take a file to uint8 frames of 224 x 224 (resize 256, bilinear, and centre crop), on one thread. `sequential` is
-every frame of the video in order; `random` is a clip of 16 frames, every fourth one, from a random time. The peer opens the
-file, seeks to the key frame before that time, decodes on from there, converts and transforms the frames it takes. Passes over
-all videos alternate between both sides; what is reported is the median of the pairwise ratios peer / ours with its 95 %
-bootstrap interval (above 1: ours is faster), and frames per second. Our side reads the packets of a file once per process, to
-know when its frames are shown; that is timed as the cell `index`.
+All sides take a file to uint8 frames of 224 x 224 (resize 256, bilinear, and centre crop), on one thread. `sequential` is
+every frame of the video in order; `random` is a clip of 16 frames, every fourth one, from a random time. The peers:
+
+    pyav        opens the file, seeks to the key frame before that time, decodes on, converts and transforms what it takes
+    torchcodec  asks its decoder for the frames, by number, and transforms them (exact seeking, the default: the approximate one
+                fails at the end of videos that do not say how many frames they have)
+
+torchcodec runs where it is installed and finds FFmpeg's libraries. Passes over all videos alternate between both sides; what is
+reported is the median of the pairwise ratios peer / ours with its 95 % bootstrap interval (above 1: ours is faster), frames per
+second, and how far the pixels lie apart. Our side reads the packets of a file once per process, to know when its frames are
+shown; that is timed as the cell `index`.
 """
 
 from __future__ import annotations
@@ -32,7 +37,8 @@ from vitrail.data.clips import clip_for_train, clips_for_eval
 from vitrail.data.footage import Footage
 from vitrail.data.video import VIDEO_SUFFIXES, video_index
 
-PACKAGES = ("torch", "torchvision", "av")
+Load = Callable[[Path, float | None], Tensor]
+PACKAGES = ("torch", "torchvision", "av", "torchcodec")
 CLIP = Preprocess(image_size=(224, 224), crop_fraction=0.875, interpolation="bilinear", frames=16, stride=4)
 TRANSFORM = v2.Compose([v2.Resize(256, InterpolationMode.BILINEAR, antialias=True), v2.CenterCrop(224)])
 NO_CROP = AugmentConfig(crop="none")
@@ -47,7 +53,7 @@ def ours(path: Path, start: float | None) -> Tensor:
     return clip_for_train(Footage(str(path)), CLIP, NO_CROP, generator)
 
 
-def peer(path: Path, start: float | None) -> Tensor:
+def by_pyav(path: Path, start: float | None) -> Tensor:
     """The loop that one writes by hand."""
     taken = []
     with av.open(str(path)) as container:
@@ -56,9 +62,7 @@ def peer(path: Path, start: float | None) -> Tensor:
         step, first = 1, 0.0
         if start is not None:
             step, rate = CLIP.stride, float(stream.average_rate)
-            generator = torch.Generator().manual_seed(int(1e6 * start))
-            place = float(torch.rand((), generator=generator, dtype=torch.float64))
-            first = int(place * (stream.frames - (CLIP.frames - 1) * step)) / rate
+            first = first_frame(start, stream.frames) / rate
             container.seek(int(first / stream.time_base), stream=stream)
         number = 0
         for frame in container.decode(stream):
@@ -72,10 +76,43 @@ def peer(path: Path, start: float | None) -> Tensor:
     return torch.stack(taken, 1)
 
 
-def time_cell(paths: list[Path], starts: list[float] | None, pairs: int) -> dict[str, Any]:
+def by_torchcodec(path: Path, start: float | None) -> Tensor:
+    """A decoder asked for frames by number."""
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(str(path), num_ffmpeg_threads=1)
+    if start is None:  # in pieces: a whole video does not fit into memory everywhere
+        frames = len(decoder)
+        pieces = [TRANSFORM(decoder[at : min(at + 32, frames)]) for at in range(0, frames, 32)]
+        return torch.cat(pieces).transpose(0, 1)
+    first = first_frame(start, len(decoder))
+    wanted = [min(first + CLIP.stride * at, len(decoder) - 1) for at in range(CLIP.frames)]
+    return TRANSFORM(decoder.get_frames_at(wanted).data).transpose(0, 1)
+
+
+def first_frame(start: float, frames: int) -> int:
+    """The number at which our clip begins."""
+    generator = torch.Generator().manual_seed(int(1e6 * start))
+    place = float(torch.rand((), generator=generator, dtype=torch.float64))
+    return int(place * max(frames - (CLIP.frames - 1) * CLIP.stride, 1))
+
+
+def peers() -> dict[str, Load]:
+    """Those that run here, by name."""
+    found: dict[str, Load] = {"pyav": by_pyav}
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError) as problem:  # RuntimeError: it finds no libraries of FFmpeg
+        print(f"without torchcodec: {str(problem).splitlines()[0]}")
+    else:
+        found["torchcodec"] = by_torchcodec
+    return found
+
+
+def time_cell(paths: list[Path], starts: list[float] | None, pairs: int, peer: Load) -> dict[str, Any]:
     """Alternating passes over all videos, and whether both sides took the same frames."""
 
-    def whole(load: Callable[[Path, float | None], Tensor]) -> Callable[[], None]:
+    def whole(load: Load) -> Callable[[], None]:
         def run() -> None:
             for path in paths:
                 for start in starts or [None]:
@@ -83,18 +120,25 @@ def time_cell(paths: list[Path], starts: list[float] | None, pairs: int) -> dict
 
         return run
 
-    pairs_of = [(ours(path, start), peer(path, start)) for path in paths for start in starts or [None]]
+    frames, same, differences = 0, True, []
+    for path in paths:
+        for start in starts or [None]:
+            one, other = ours(path, start), peer(path, start)
+            frames += one.shape[1]
+            same &= torch.equal(one, other)
+            count = min(one.shape[1], other.shape[1])
+            differences.append(float((one[:, :count].float() - other[:, :count]).abs().mean()))
     ours_s, peer_s = time_pairs(whole(ours), whole(peer), pairs, lambda: None)
     ratios = [b / a for a, b in zip(ours_s, peer_s, strict=True)]
     low, high = bootstrap_interval(ratios)
-    frames = sum(clip.shape[1] for clip, _ in pairs_of)
     return {
         "ratio": statistics.median(ratios),
         "low": low,
         "high": high,
         "ours_per_second": frames / statistics.median(ours_s),
         "peer_per_second": frames / statistics.median(peer_s),
-        "same": all(torch.equal(a, b) for a, b in pairs_of),
+        "same": same,
+        "worst_mean_difference": max(differences),
         "frames": frames,
         "pairs": pairs,
         "files": [path.name for path in paths],
@@ -131,15 +175,17 @@ def run(paths: list[Path], pairs: int) -> None:
     """All cells; each is merged into the results as soon as it is known."""
     where = machine(packages=PACKAGES)
     starts = np.random.default_rng(0).random(4).tolist()
-    for name, chosen in (("sequential", None), ("random", starts)):
-        row = time_cell(paths, chosen, pairs)
-        merge("video", f"{name} pyav", row, where)
-        speed = f"{row['ours_per_second']:.0f} against {row['peer_per_second']:.0f} frames/s"
-        same = "the same frames" if row["same"] else "OTHER FRAMES"
-        print(f"{name:12s} {row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]  {speed}  {same}", flush=True)
+    for peer, load in peers().items():
+        for name, chosen in (("sequential", None), ("random", starts)):
+            row = time_cell(paths, chosen, pairs, load)
+            merge("video", f"{name} {peer}", row, where)
+            speed = f"{row['ours_per_second']:.0f} against {row['peer_per_second']:.0f} frames/s"
+            same = "the same frames" if row["same"] else f"frames differ by up to {row['worst_mean_difference']:.2f}"
+            cell = f"{name} {peer}"
+            print(f"{cell:22s} {row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]  {speed}  {same}", flush=True)
     row = time_index(paths, pairs)
     merge("video", "index", row, where)
-    print(f"{'index':12s} {1e3 * row['seconds']:.1f} ms a file", flush=True)
+    print(f"{'index':22s} {1e3 * row['seconds']:.1f} ms a file", flush=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -153,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         folder = given.videos or Path(name)
         if given.videos is None:
             make_videos(folder)
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
         if not paths:
             parser.error(f"{folder}: no video")
         run(paths, given.pairs)

@@ -84,6 +84,19 @@ def test_predict_draws_what_it_answers(clip_checkpoint: Path, tmp_path: Path, ca
     assert "name a folder" in capsys.readouterr().err
 
 
+def test_predict_knows_the_embedded_film(
+    checkpoint: Path, clip_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second of ten for every answer, each drawn on its frames; a model of pictures has no use for it."""
+    words = ["predict", "bikes", "--model", str(clip_checkpoint), "--window", "1", "--format", "jsonl"]
+    lines = [json.loads(line) for line in said(capsys, *words, "--draw", str(tmp_path / "drawn.mp4")).splitlines()]
+    assert [(line["path"], line["start"]) for line in lines] == [("bikes", pytest.approx(at)) for at in range(10)]
+    with Video(str(tmp_path / "drawn.mp4")) as drawn:
+        assert (len(drawn.times), drawn.size) == (250, (272, 640))
+    assert main(["predict", str(checkpoint), "bikes"]) == 1
+    assert "no such file or folder" in capsys.readouterr().out
+
+
 def test_eval_prints_intervals_and_json(
     checkpoint: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -121,7 +134,7 @@ def test_eval_refuses_other_classes(checkpoint: Path, capsys: pytest.CaptureFixt
 def test_data_verbs(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing to mend" in said(capsys, "data", "check", str(picture_folder))
     stats = json.loads(said(capsys, "data", "stats", str(picture_folder), "--json"))
-    assert stats["pictures"] == 36
+    assert stats["readable"] == 36
     packed = said(capsys, "data", "pack", str(picture_folder), str(tmp_path / "packed"), "--size", "16")
     assert "36 pictures (0 as they were)" in packed
     again = json.loads(said(capsys, "data", "stats", str(tmp_path / "packed"), "--json"))

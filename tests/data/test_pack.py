@@ -24,7 +24,7 @@ def test_pictures_that_are_small_enough_are_kept_byte_by_byte(tmp_path: Path) ->
     made = pictures()
     data = open_data(write_folder(tmp_path / "set", made))
     result = pack_data(data, tmp_path / "packed", size=32, progress=False)
-    assert (result.pictures, result.kept, result.left_out) == (33, 33, ())
+    assert (result.samples, result.kept, result.left_out) == (33, 33, ())
     assert result.size_before == result.size_after == sum(map(len, made.values()))
     packed = open_data(result.path)
     assert packed.classes == data.classes
@@ -43,7 +43,7 @@ def test_larger_pictures_are_resized_upright(tmp_path: Path) -> None:
     (tmp_path / "a" / "turned.jpg").write_bytes(encode(Image.fromarray(photo(200, 100)), exif=exif(6)))
     (tmp_path / "b" / "grey.png").write_bytes(encode(photo(90, 120)[:, :, 0], "PNG"))
     result = pack_data(open_data(tmp_path, ALL), tmp_path / "out" / "packed", size=50, quality=97, progress=False)
-    assert (result.kept, result.pictures) == (0, 2)
+    assert (result.kept, result.samples) == (0, 2)
     train = open_data(result.path).train
     turned, grey = decode_image(train.read(0)), decode_image(train.read(1), channels=1)
     assert turned.shape == (3, 50, 100)

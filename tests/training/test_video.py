@@ -18,7 +18,7 @@ from tests.data.videos import frames, write_video
 from vitrail import models
 from vitrail.checkpoints import load_model
 from vitrail.config import AugmentConfig, ConfigError, DataConfig, Preprocess, RunConfig
-from vitrail.data import Data, open_data
+from vitrail.data import Data, open_data, pack_data
 from vitrail.data.clips import average_views
 from vitrail.data.embedded import motion
 from vitrail.evaluation.classify import evaluate, predict_dataset
@@ -80,6 +80,18 @@ def test_resuming_is_exact(fit_clips: Fit, folder: Path) -> None:
         shutil.rmtree(path)
     again = fit_clips(folder, **settings, resume=True)
     assert all(torch.equal(again.model.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_packed_copy_trains_alike(fit_clips: Fit, folder: Path, tmp_path: Path) -> None:
+    """The same losses step by step, over more than an epoch, from the files and from their decoded frames."""
+    pack_data(open_data(folder, DataConfig(val_fraction=0)), tmp_path / "packed", exact=True, progress=False)
+    settings = {"val_fraction": 0.0, "randaugment_ops": 1, "mixup": 0.2}
+    runs = [fit_clips(data, out=str(tmp_path / data.name), **settings) for data in (folder, tmp_path / "packed")]
+    losses = [[record["loss"] for record in run.history if "loss" in record] for run in runs]
+    assert losses[0]
+    assert losses[0] == losses[1]
+    weights = [run.model.state_dict() for run in runs]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_run_on_motion(fit_clips: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,13 +18,13 @@ vitrail data check table.parquet --image-column file --json > findings.json"""
 
 @dataclass(frozen=True)
 class Arguments:
-    """Find unreadable pictures, copies (also across splits), contradicting labels, imbalance and odd sizes.
+    """Find unreadable pictures or videos, copies (also across splits), contradicting labels, imbalance and odd sizes.
 
     The exit code is 1 when something is unreadable, leaks from one split to another, or has two labels.
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A folder, table, tar shards, Arrow data set, or an embedded set: digits, emoji."""
+    """A folder, table, tar shards, Arrow data set, or an embedded set: digits, emoji, motion."""
     limit: int = 20  # rows per table
     json: bool = False  # print everything as JSON
     data_config: Annotated[DataConfig, tyro.conf.arg(name="data")] = field(default_factory=DataConfig)

@@ -18,10 +18,10 @@ vitrail data stats digits --channels 1"""
 
 @dataclass(frozen=True)
 class Arguments:
-    """Count classes, sizes and formats, and measure mean and std per channel, as --mean and --std take them."""
+    """Count classes, sizes, formats, lengths and rates, and measure mean and std per channel, as --mean and --std take them."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """A folder, table, tar shards, Arrow data set, or an embedded set: digits, emoji."""
+    """A folder, table, tar shards, Arrow data set, or an embedded set: digits, emoji, motion."""
     channels: int = 3  # to decode to; 1 measures grey values
     limit: int = 20  # rows per table
     json: bool = False  # print everything as JSON

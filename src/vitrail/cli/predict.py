@@ -34,7 +34,7 @@ class Arguments:
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL FILES...", help_behavior_hint="(required)")
     ]
     """A run directory, a checkpoint, or a folder with one; then pictures or videos, folders, patterns, - for paths on
-    stdin, one a line, or a stream: an address such as rtsp://..., a pipe, a camera."""
+    stdin, one a line, or a stream: an address such as rtsp://..., a pipe, a camera; "bikes" is an embedded film."""
     model: str = ""  # the model may also stand here; all words without a flag are then files
     format: Literal["table", "jsonl", "csv"] = "table"  # table for eyes, JSON lines and CSV for programs
     top: int = 5  # answers per picture in jsonl and csv

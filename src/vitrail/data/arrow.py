@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from vitrail.config import DataConfig
 from vitrail.data.listing import Listing, concat
+from vitrail.data.packed import VIDEO_COLUMN, PackedStore, is_packed
 from vitrail.data.samples import DataError
 from vitrail.data.stores import ColumnStore, Picture, Store
 from vitrail.data.tables import (
@@ -62,19 +63,23 @@ def read_dataset(found: Any, config: DataConfig, path: Path = Path("dataset")) -
 def _read_split(found: Any, config: DataConfig, path: Path, split: str) -> Listing:
     import datasets
 
-    pictures = [name for name, feature in found.features.items() if isinstance(feature, datasets.Image)]
-    image = config.image_column or (pictures[0] if len(pictures) == 1 else "")
-    image = find_column("image", image, dict.fromkeys(found.features, ()), IMAGE_COLUMNS, path)
-    store = DatasetStore(found, image, path)
+    heavy = [name for name, feature in found.features.items() if isinstance(feature, datasets.Image)]
+    store: PackedStore | DatasetStore
+    if is_packed(found.features):
+        store, heavy = PackedStore(found), [*heavy, VIDEO_COLUMN]
+    else:
+        image = config.image_column or (heavy[0] if len(heavy) == 1 else "")
+        image = find_column("image", image, dict.fromkeys(found.features, ()), IMAGE_COLUMNS, path)
+        store = DatasetStore(found, image, path)
     # In the Arrow format a slice of everything is the memory-mapped table itself; only an index mapping makes it a copy.
-    light = [name for name in found.features if name not in pictures]
+    light = [name for name in found.features if name not in heavy]
     table = found.select_columns(light).with_format("arrow")[:] if light else pa.table({})
     columns = {name: table.column(name).to_pylist() for name in light}
     label = label_column(columns, config, path)
     rest, notes = label_columns(columns, len(found), config, path, stated_classes(table.schema, label))
     if not any(rest["splits"]):
         rest["splits"] = [split] * len(found)
-    names = row_names(columns, len(found), store.inner_paths())
+    names = row_names(columns, len(found), store.inner_paths() if isinstance(store, DatasetStore) else None)
     return Listing(store, names, **rest, keys=content_keys(columns), notes=tuple(notes))
 
 

@@ -1,27 +1,24 @@
-"""What is wrong with a data set: unreadable pictures, copies within and across splits, contradicting labels, odd sizes."""
+"""What is wrong with a data set: unreadable samples, copies within and across splits, contradicting labels, odd sizes."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitrail.data.images import decode_image, image_size, read_file
+from vitrail.data.looks import Look, look_at
 from vitrail.data.samples import Data, ImageDataset
-from vitrail.data.stores import Picture
 from vitrail.data.tabulate import Table, each_sample, shortened
 
 NEAR_BITS = 6  # of 64: what saving a JPEG again or resizing it changes
 NEAR_ERROR = 0.15  # largest RMS difference of two small copies, as a fraction of their contrast
-_THUMB = 32
 _CROWD = 64  # neighbours compared among pictures whose hashes share 16 bits
 _PIECE = 1024
 _TINY, _ODD_FACTOR = 16, 4
@@ -37,7 +34,8 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class CopyGroup:
-    """Pictures that are the same file ("exact") or look the same after resizing or saving again ("near")."""
+    """Samples that are the same file ("exact"), look the same after resizing or saving again ("near"), or are parts of a video
+    in different splits ("parts")."""
 
     kind: str
     samples: tuple[Sample, ...]
@@ -49,18 +47,24 @@ class CopyGroup:
 
     @property
     def contradicts(self) -> bool:
-        """Whether the copies have different labels."""
-        return len({sample.label for sample in self.samples}) > 1
+        """Whether the copies have different labels, which parts of a video may have."""
+        return self.kind != "parts" and len({sample.label for sample in self.samples}) > 1
 
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Findings about a data set. `odd_sizes`: pictures far smaller or larger than is typical, with (height, width)."""
+    """Findings about a data set.
+
+    damaged: videos of which a part cannot be decoded. odd_sizes: samples far smaller or larger than is typical, with (height,
+    width).
+    """
 
     name: str
+    noun: str  # what a sample is called
     counts: dict[str, int]
     class_counts: dict[str, dict[str, int]]
     broken: tuple[tuple[Sample, str], ...]
+    damaged: tuple[tuple[Sample, str], ...]
     copies: tuple[CopyGroup, ...]
     odd_sizes: tuple[tuple[Sample, tuple[int, int]], ...]
     imbalance: float  # samples of the largest class over those of the smallest, in the training split (or the first)
@@ -78,8 +82,8 @@ class DataCheck:
 
     @property
     def ok(self) -> bool:
-        """Nothing broken, no leak between splits and no contradicting labels."""
-        return not (self.broken or self.leaks or self.contradictions)
+        """Nothing broken or damaged, no leak between splits and no contradicting labels."""
+        return not (self.broken or self.damaged or self.leaks or self.contradictions)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
@@ -90,6 +94,7 @@ class DataCheck:
         return {
             **asdict(self),
             "broken": [{**sample._asdict(), "reason": reason} for sample, reason in self.broken],
+            "damaged": [{**sample._asdict(), "reason": reason} for sample, reason in self.damaged],
             "copies": groups,
             "odd_sizes": [{**sample._asdict(), "size": list(size)} for sample, size in self.odd_sizes],
             "notes": list(self.notes),
@@ -98,21 +103,23 @@ class DataCheck:
 
     def tables(self, limit: int = 20) -> list[Table]:
         """A summary, then one table for each kind of finding, at most `limit` rows each."""
-        exact = sum(group.kind == "exact" for group in self.copies)
+        kinds = Counter(group.kind for group in self.copies)
         summary = [
             ("samples", ", ".join(f"{split} {number:,}" for split, number in self.counts.items())),
             ("unreadable", f"{len(self.broken):,}"),
-            ("groups of copies", f"{exact:,} exact, {len(self.copies) - exact:,} near"),
+            ("damaged", f"{len(self.damaged):,}"),
+            ("groups of copies", f"{kinds['exact']:,} exact, {kinds['near']:,} near"),
             ("  across splits", f"{len(self.leaks):,}"),
             ("  with different labels", f"{len(self.contradictions):,}"),
             ("largest / smallest class", f"{self.imbalance:.1f}"),
             ("odd sizes", f"{len(self.odd_sizes):,}"),
         ]
-        broken = [(*sample, reason) for sample, reason in self.broken]
+        broken, damaged = ([(*sample, reason) for sample, reason in found] for found in (self.broken, self.damaged))
         odd = [(*sample, f"{width} x {height}") for sample, (height, width) in self.odd_sizes]
         tables = [
             Table(f"Check of {self.name}", ("", "found"), summary),
-            Table("Unreadable pictures", ("split", "name", "label", "reason"), shortened(broken, limit)),
+            Table(f"Unreadable {self.noun}s", ("split", "name", "label", "reason"), shortened(broken, limit)),
+            Table(f"Damaged {self.noun}s", ("split", "name", "label", "reason"), shortened(damaged, limit)),
             Table("Copies across splits", _COPY_COLUMNS, shortened(_copy_rows(self.leaks), limit)),
             Table("Copies with different labels", _COPY_COLUMNS, shortened(_copy_rows(self.contradictions), limit)),
             Table("Other copies", _COPY_COLUMNS, shortened(_copy_rows(self._harmless()), limit)),
@@ -138,58 +145,55 @@ def _named(samples: Iterable[Sample]) -> list[dict[str, str]]:
     return [sample._asdict() for sample in samples]
 
 
-class _Look(NamedTuple):
-    """What is kept of one picture."""
-
-    digest: bytes
-    size: tuple[int, int]
-    thumb: Tensor  # uint8 (3, 32, 32)
-
-
 def check_data(data: Data, *, channels: int = 3, progress: bool = True) -> DataCheck:
-    """Read every picture once and report what is broken, copied, contradicting, unequal or of an odd size.
+    """Read every sample once, of videos all frames, and report what is broken, copied, contradicting, unequal or of odd size.
 
-    Near copies share a perceptual hash of the picture's coarse structure up to `NEAR_BITS` bits and, at 16x16 pixels, look the
-    same in colour. Copies of which one is cropped or mirrored are not found. channels: of the pictures; 3 unless they are
-    arrays of many bands. Unreadable pictures never raise here.
+    Near copies of pictures share a perceptual hash of their coarse structure up to `NEAR_BITS` bits and, at 16x16 pixels, look
+    the same in colour. Copies of which one is cropped or mirrored are not found, and of videos only those of the same bytes.
+    channels: of the pictures; 3 unless they are arrays of many bands. Unreadable samples never raise here.
     """
     splits = data.splits()
     samples: list[Sample] = []
+    looks: list[Look] = []
     broken: list[tuple[Sample, str]] = []
-    digests: list[bytes] = []
-    sizes: list[tuple[int, int]] = []
     waiting: list[Tensor] = []
-    hashes: list[np.ndarray] = []
-    thumbs: list[np.ndarray] = []
-
-    def look(dataset: ImageDataset, index: int) -> _Look:
-        return _look(dataset.read(index), channels, dataset.max_pixels)
-
-    for split, index, result in each_sample(data, look, "checking", progress):
-        dataset = splits[split]
-        sample = Sample(split, dataset.names(index), _label(dataset, index))
+    hashes = [np.zeros(0, np.uint64)]
+    thumbs = [np.zeros((0, 3 * 16 * 16), np.uint8)]
+    for split, index, result in each_sample(data, partial(look_at, channels=channels), "checking", progress):
+        sample = Sample(split, splits[split].names(index), _label(splits[split], index))
         if isinstance(result, Exception):
             broken.append((sample, str(result)))
             continue
         samples.append(sample)
-        digests.append(result.digest)
-        sizes.append(result.size)
-        waiting.append(result.thumb)
+        looks.append(result._replace(thumb=None))
+        if result.thumb is not None:
+            waiting.append(result.thumb)
         if len(waiting) == _PIECE:
             _reduce(waiting, hashes, thumbs)
     _reduce(waiting, hashes, thumbs)
     named = {(sample.split, sample.name) for sample, _ in broken}
     gone = [(Sample(split, name, ""), reason) for split, part in splits.items() for name, reason in part.bad]
     broken += [(sample, reason) for sample, reason in gone if (sample.split, sample.name) not in named]
-    copies = _copies(samples, digests, np.concatenate(hashes), np.concatenate(thumbs)) if samples else ()
-    counts = {split: len(dataset) for split, dataset in splits.items()}
+    first = next(iter(splits.values()))
+    if first.video:
+        copies = _video_copies(samples, looks)
+    else:
+        copies = _copies(samples, [look.digest for look in looks], np.concatenate(hashes), np.concatenate(thumbs))
     class_counts = {
         split: dict(zip(data.classes, dataset.class_counts().tolist(), strict=True)) for split, dataset in splits.items()
     }
     present = [number for number in next(iter(class_counts.values())).values() if number]
-    imbalance = max(present) / min(present) if present else 1.0
     return DataCheck(
-        data.name, counts, class_counts, tuple(broken), copies, _odd_sizes(samples, sizes), imbalance, tuple(data.notes)
+        name=data.name,
+        noun=first.noun,
+        counts={split: len(dataset) for split, dataset in splits.items()},
+        class_counts=class_counts,
+        broken=tuple(broken),
+        damaged=tuple((sample, look.damage) for sample, look in zip(samples, looks, strict=True) if look.damage),
+        copies=copies,
+        odd_sizes=_odd_sizes(samples, [look.size for look in looks]),
+        imbalance=max(present) / min(present) if present else 1.0,
+        notes=tuple(data.notes),
     )
 
 
@@ -197,20 +201,6 @@ def _label(dataset: ImageDataset, index: int) -> str:
     if not dataset.multi_label:
         return dataset.classes[int(dataset.targets[index])]
     return "|".join(dataset.classes[at] for at in np.flatnonzero(dataset.targets[index]))
-
-
-def _look(picture: Picture, channels: int, max_pixels: int) -> _Look:
-    if isinstance(picture, str):
-        picture = read_file(picture)
-    if isinstance(picture, bytes):
-        raw = picture
-    else:
-        raw = np.ascontiguousarray(picture).tobytes() if isinstance(picture, Image.Image) else picture.numpy().tobytes()
-    size = image_size(picture)
-    image = decode_image(picture, channels=channels, mode="scaled", min_size=(2 * _THUMB, 2 * _THUMB), max_pixels=max_pixels)
-    image = image[:3] if channels >= 3 else image[:1].expand(3, -1, -1)
-    thumb = F.interpolate(image[None], (_THUMB, _THUMB), mode="bilinear", antialias=True)[0]
-    return _Look(hashlib.blake2b(raw, digest_size=16).digest(), size, thumb.contiguous())
 
 
 def _reduce(waiting: list[Tensor], hashes: list[np.ndarray], thumbs: list[np.ndarray]) -> None:
@@ -230,7 +220,8 @@ def perceptual_hash(grey: np.ndarray) -> np.ndarray:
     side = grey.shape[-1]
     wave = np.cos(np.pi * (2 * np.arange(side) + 1) * np.arange(8)[:, None] / (2 * side))
     frequencies = (wave @ grey @ wave.T).reshape(len(grey), 64)
-    above = frequencies > np.median(frequencies[:, 1:], axis=1, keepdims=True)
+    # By more than rounding, which else decides in a flat picture, and differently on every machine.
+    above = frequencies > np.median(frequencies[:, 1:], axis=1, keepdims=True) + 1e-3
     above[:, 0] = False
     return np.packbits(above, axis=1).view(np.uint64)[:, 0]
 
@@ -263,7 +254,7 @@ def _copies(
     first: dict[bytes, int] = {}
     for at, digest in enumerate(digests):
         first.setdefault(digest, at)
-    distinct = np.array(sorted(first.values()))
+    distinct = np.array(sorted(first.values()), np.int64)
     parent = [first[digest] for digest in digests]
     pairs = distinct[near_pairs(hashes[distinct])]
     for one, other in pairs[_look_alike(thumbs, pairs)].tolist():
@@ -276,6 +267,20 @@ def _copies(
         for group in groups.values()
         if len(group) > 1
     )
+
+
+def _video_copies(samples: Sequence[Sample], looks: Sequence[Look]) -> tuple[CopyGroup, ...]:
+    """The same part of the same file more than once, and files of which parts lie in several splits."""
+    files: dict[bytes, dict[str, list[Sample]]] = defaultdict(lambda: defaultdict(list))
+    for sample, look in zip(samples, looks, strict=True):
+        files[look.digest][look.part].append(sample)
+    groups = []
+    for parts in files.values():
+        groups += [CopyGroup("exact", tuple(same)) for same in parts.values() if len(same) > 1]
+        group = CopyGroup("parts", tuple(sample for same in parts.values() for sample in same))
+        if len(parts) > 1 and group.leaks:
+            groups.append(group)
+    return tuple(groups)
 
 
 def _root(parent: list[int], at: int) -> int:

@@ -96,7 +96,7 @@ def clip_for_train(
     Raises VideoError or ImageError with the reason.
     """
     with open_footage(footage, channels=preprocess.channels, max_pixels=max_pixels) as opened:
-        first, times, end = _stretch(opened, footage)
+        first, times, end = stretch(opened, footage)
         numbers = first + clip_frames(times, end, preprocess, speed=footage.speed, generator=generator)
         box = None if augment.crop == "none" else random_box(opened.size, augment, generator)
 
@@ -127,7 +127,7 @@ def stretch_views(
 
     Raises VideoError where no frame lies in the stretch.
     """
-    first, times, end = _stretch(opened, footage)
+    first, times, end = stretch(opened, footage)
     chosen = [
         first + clip_frames(times, end, preprocess, speed=footage.speed, clip=clip, clips=preprocess.clips)
         for clip in range(preprocess.clips)
@@ -146,8 +146,11 @@ def stretch_views(
     return torch.stack([view.permute(1, 2, 3, 0) for view in views]).permute(0, 4, 1, 2, 3)
 
 
-def _stretch(opened: Frames, footage: Footage) -> tuple[int, Float64[np.ndarray, " n"], float]:
-    """The number of the first frame that belongs to the footage, the times of all that do, and when they end."""
+def stretch(opened: Frames, footage: Footage) -> tuple[int, Float64[np.ndarray, " n"], float]:
+    """The number of the first frame that belongs to the footage, the times of all that do, and when they end.
+
+    Raises VideoError where no frame does.
+    """
     end = opened.end if footage.end is None else min(footage.end, opened.end)
     first = int(frames_at(opened.times, np.array([max(footage.start, 0.0)]))[0])
     last = int(np.searchsorted(opened.times, end - 1e-6, "left"))

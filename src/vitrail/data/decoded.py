@@ -23,7 +23,7 @@ from vitrail.data.workers import available_cores
 
 T = TypeVar("T")
 MEMORY_LIMIT = 256 << 20  # bytes of decoded pictures kept for one data set
-_AHEAD = 8  # pictures in flight for each core
+AHEAD = 8  # pictures in flight for each core
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def keep_whole(dataset: ImageDataset, channels: int) -> WholePictures | None:
     return dataset.pixels[key]
 
 
-def for_each(work: Callable[[int], T], indices: Iterable[int]) -> Iterator[T | Exception]:
-    """`work(index)` of each, on all cores (decoders release the interpreter), in order and in bounded memory.
+def for_each(work: Callable[[int], T], indices: Iterable[int], ahead: int = AHEAD) -> Iterator[T | Exception]:
+    """`work(index)` of each, on all cores (decoders release the interpreter), in order, `ahead` results waiting for each core.
 
     What `work` raises because a picture is unreadable (OSError, ValueError) is yielded in place of its result.
     """
@@ -140,10 +140,10 @@ def for_each(work: Callable[[int], T], indices: Iterable[int]) -> Iterator[T | E
 
     cores = available_cores()
     with ThreadPoolExecutor(cores) as pool:
-        ahead: deque[Future[T | Exception]] = deque()
+        waiting: deque[Future[T | Exception]] = deque()
         for index in indices:
-            ahead.append(pool.submit(guarded, index))
-            if len(ahead) > _AHEAD * cores:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            waiting.append(pool.submit(guarded, index))
+            if len(waiting) > ahead * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

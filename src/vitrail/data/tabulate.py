@@ -10,8 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vitrail.config import ConfigError
-from vitrail.data.decoded import for_each
+from vitrail.data.decoded import AHEAD, for_each
 from vitrail.data.samples import Data, ImageDataset
 
 T = TypeVar("T")
@@ -36,20 +35,19 @@ def shortened(rows: Sequence[tuple[str, ...]], limit: int) -> Sequence[tuple[str
 def each_sample(
     data: Data, work: Callable[[ImageDataset, int], T], what: str, progress: bool
 ) -> Iterator[tuple[str, int, T | Exception]]:
-    """(split, index, what `work` returned, or why the picture is unreadable) for every sample of every split.
+    """(split, index, what `work` returned, or why the sample is unreadable) for every sample of every split.
 
-    Samples come in the order in which their source stores them; `work` runs in several threads. progress: a bar on stderr
-    where that is a terminal. Raises ConfigError for videos.
+    Samples come in the order in which their source stores them; `work` runs in several threads, on few videos at a time, since
+    what is made of one may be large. progress: a bar on stderr where that is a terminal.
     """
     splits = data.splits()
-    if any(dataset.video for dataset in splits.values()):
-        raise ConfigError(f"{data.name} holds videos; checking, measuring and packing are for pictures")
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
         task = bar.add_task(what, total=sum(len(dataset) for dataset in splits.values()))
         for split, dataset in splits.items():
             stored = np.argsort(dataset.rows, kind="stable").tolist()
-            for index, result in zip(stored, for_each(partial(work, dataset), stored), strict=True):
+            results = for_each(partial(work, dataset), stored, ahead=1 if dataset.video else AHEAD)
+            for index, result in zip(stored, results, strict=True):
                 yield split, index, result
                 bar.advance(task)

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vitrail.data.embedded import BIKES, FILM
 from vitrail.data.footage import Footage, as_footage
 from vitrail.data.listing import PICTURE_SUFFIXES, is_picture_name
 from vitrail.data.live import Stream, is_stream
@@ -49,7 +50,7 @@ def expand(inputs: Input | Iterable[Input], videos: bool = False) -> Iterator[As
 
     A folder stands for the pictures in it and below, a pattern for the pictures it matches, both sorted by name; "-" for
     the paths on stdin, one a line; an address or a pipe for a stream. Pictures in memory are called #0, #1, ... by their
-    place. A path that leads to nothing is answered with an error in its place.
+    place; "bikes" is the embedded film. A path that leads to nothing is answered with an error in its place.
     """
     for asked in _expand(inputs, VIDEOS if videos else PICTURES):
         path = asked.picture
@@ -87,6 +88,8 @@ def _paths(text: str, kind: Kind) -> Iterator[Asked]:
         yield from _found(iter(matches), text, f"the pattern matches no {kind.noun}")
     elif os.path.exists(text):
         yield Asked(text, text)
+    elif text == FILM and kind is VIDEOS:
+        yield Asked(text, str(BIKES))
     else:
         yield Asked(text, None, "no such file or folder")
 

@@ -1,5 +1,5 @@
 """The data sets inside the package: `digits` (handwritten, grey, 20x20), `emoji` (drawn by five designers, colour, 32x32) and
-`motion` (videos: the emoji moving in eight ways).
+`motion` (videos: the emoji moving in eight ways); and the film `BIKES`, a real one to look at.
 
 Sources and licences of the pictures lie beside them.
 """
@@ -21,9 +21,11 @@ from vitrail.data.listing import Listing
 from vitrail.data.stores import TensorStore
 
 NAMES = ("digits", "emoji", "motion")
+FILM = "bikes"  # what the film is called where a path of a video is asked for
 EMOJI_LABELS = ("category", "glyph")
 DIGITS_PER_CLASS, DIGITS_HELD_OUT = 500, 100
 _FOLDER = Path(__file__).parent
+BIKES = _FOLDER / "bikes" / "bikes.mp4"  # 250 frames of 640x272, 10 s, with cuts
 
 
 def read_embedded(name: str, config: DataConfig) -> Listing:
