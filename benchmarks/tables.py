@@ -69,8 +69,23 @@ def data(cells: Cells) -> str:
     return "\n".join([*lines, "", *checks, "", _where(cells)])
 
 
+def video(cells: Cells) -> str:
+    """Frames a second of the video path, and what it costs to learn when frames are shown."""
+    lines = ["| frames | peer | peer / ours (95 %) | frames/s, ours / peer | pixels |", "|---|---|---|---|---|"]
+    for cell, row in cells.items():
+        if "ratio" in row:
+            task, peer = cell.split()
+            apart = "the same" if row["same"] else f"up to {row['worst_mean_difference']:.2g} apart"
+            lines.append(
+                f"| {task} | {peer} | {row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f}) "
+                f"| {row['ours_per_second']:.0f} / {row['peer_per_second']:.0f} | {apart} |"
+            )
+    index = f"- index: {1e3 * cells['index']['seconds']:.1f} ms a file, once per process" if "index" in cells else ""
+    return "\n".join([*lines, "", index, "", _where(cells)])
+
+
 TABLES: dict[str, Callable[[Cells], str]] = {
-    "models-cpu": models, "models-cpu-avx2": models, "models-cuda": models, "data": data,
+    "models-cpu": models, "models-cpu-avx2": models, "models-cuda": models, "data": data, "video": video,
 }  # fmt: skip
 
 

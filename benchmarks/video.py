@@ -62,7 +62,8 @@ def by_pyav(path: Path, start: float | None) -> Tensor:
         step, first = 1, 0.0
         if start is not None:
             step, rate = CLIP.stride, float(stream.average_rate)
-            first = first_frame(start, stream.frames) / rate
+            seconds = float(container.duration or 0) / av.time_base  # some containers do not count their frames
+            first = first_frame(start, stream.frames or round(seconds * rate)) / rate
             container.seek(int(first / stream.time_base), stream=stream)
         number = 0
         for frame in container.decode(stream):
@@ -73,6 +74,8 @@ def by_pyav(path: Path, start: float | None) -> Tensor:
             number += 1
             if start is not None and len(taken) == CLIP.frames:
                 break
+    if start is not None:  # a video that is too short shows its last frame again
+        taken += [taken[-1]] * (CLIP.frames - len(taken))
     return torch.stack(taken, 1)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -139,11 +140,12 @@ def stretch_views(
     if missing := [number for number in wanted if number not in shown]:
         shown.update((number, resized(pixels, preprocess)) for number, pixels in opened.frames(missing))
     places = [0.5] if preprocess.crops == 1 else np.linspace(0, 1, preprocess.crops).tolist()
-    views = []
-    for numbers in chosen:
-        for place in places:
-            views.append(_stack([frame_picture(shown[number], preprocess, place) for number in numbers.tolist()]))
-    return torch.stack([view.permute(1, 2, 3, 0) for view in views]).permute(0, 4, 1, 2, 3)
+    shape = (len(chosen) * len(places), preprocess.frames, *preprocess.image_size, preprocess.channels)
+    views = torch.empty(shape, dtype=torch.uint8)
+    for view, (numbers, place) in zip(views, product(chosen, places), strict=True):
+        for frame, number in zip(view, numbers.tolist(), strict=True):
+            frame.copy_(frame_picture(shown[number], preprocess, place).permute(1, 2, 0))
+    return views.permute(0, 4, 1, 2, 3)
 
 
 def stretch(opened: Frames, footage: Footage) -> tuple[int, Float64[np.ndarray, " n"], float]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from vitrail.data.images import MAX_PIXELS
 from vitrail.data.pillow import match_channels
-from vitrail.data.video import CONTAINERS, Pixels, VideoError, decoded_frames, first_stream, load_av
+from vitrail.data.video import CONTAINERS, Colours, Pixels, VideoError, decoded_frames, first_stream, load_av
 
 PROTOCOLS = ("http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "tcp", "udp", "rtp")
 # What an address may lead on to (a playlist names others): the network, never a file of this machine.
@@ -53,6 +53,7 @@ class Arriving:
         self._container, self._stream = _open(stream.address)
         self.rate = float(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.ended = ""
+        self._colours = Colours()
 
     def __enter__(self) -> Arriving:
         return self
@@ -80,7 +81,7 @@ class Arriving:
         height, width = size
         if height * width > self.max_pixels:
             raise VideoError(f"{width} x {height} pixels, more than the {self.max_pixels:,} allowed (max_pixels)")
-        pixels = frame.to_ndarray(format="rgb24", width=width, height=height)
+        pixels = self._colours.pixels(frame, height, width)
         turned = np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90) % 4))
         return match_channels(turned, self.channels)
 
