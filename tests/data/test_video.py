@@ -62,6 +62,35 @@ def test_every_frame_is_that_of_a_full_decode(name: str, tmp_path: Path) -> None
             next(video.frames([len(expected)]))
 
 
+def test_frames_that_nobody_refers_to_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip of every fourth frame decodes fewer than lie between its ends; what was left out is there when asked for."""
+    path = write(tmp_path / "a.mp4", 60, gop=60, bframes=3)
+    expected = decoded(path)
+    came: list[int] = []
+    plain = Video._next
+
+    def counted(video: Video) -> tuple[int, Any] | None:
+        found = plain(video)
+        came.extend([] if found is None else [found[0]])
+        return found
+
+    monkeypatch.setattr(Video, "_next", counted)
+    with Video(str(path)) as video:
+        for wanted in ([*range(2, 50, 4)], [*range(3, 51, 4)], [52, 55], [7], [1, 20]):
+            came.clear()
+            asked = video.frames(wanted)
+            if wanted == [1, 20]:  # given up halfway: frame 19 has perhaps been passed over
+                next(asked)
+                asked.close()
+                wanted = [19, 20, 21]
+                asked = video.frames(wanted)
+            assert all((pixels == expected[number][1]).all() for number, pixels in asked), wanted
+            if len(wanted) == 12:
+                assert set(wanted) <= set(came)
+                assert len(set(came)) < 40
+        assert video.repaired == 0
+
+
 def test_bytes_are_a_file(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4")
     with Video(path.read_bytes()) as inside, Video(str(path)) as outside:

@@ -89,7 +89,7 @@ def _paths(text: str, kind: Kind) -> Iterator[Asked]:
     elif os.path.exists(text):
         yield Asked(text, text)
     elif text == FILM and kind is VIDEOS:
-        yield Asked(text, str(BIKES))
+        yield Asked(str(BIKES), str(BIKES))
     else:
         yield Asked(text, None, "no such file or folder")
 
