@@ -52,7 +52,8 @@ def motion_timesformer() -> RunConfig:
 
     vitrail train motion --recipe motion_timesformer
 
-    Top-1 on the 800 test clips, seed 0: 96.6 % (n = 1; 95 % interval 95.3 to 97.9 % over clips), one thread of an x86 CPU.
+    Top-1 on the 800 test clips, seed 0: 96.6 % (n = 1; 95 % interval 95.3 to 97.9 % over clips), 426 seconds of an x86 CPU;
+    attending over space only 32.4 %, and 51.0 % of the answers within a pair of opposite motions.
     """
     overrides = {"width": 64, "depth": 2, "heads": 4, "mlp_dim": 128, "patch": [8, 8], "init": "xavier"}
     return _clips("timesformer_micro", overrides, epochs=10.0, lr=1.5e-3)
