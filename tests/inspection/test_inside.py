@@ -230,3 +230,12 @@ def test_blocks_are_left_alone_after_an_error() -> None:
     with pytest.raises(KeyError, match=r"backbone\.blocks\.0"), intercept_blocks(model, fail):
         model(torch.randn(1, 3, 16, 16))
     model(torch.randn(1, 3, 16, 16))
+
+
+def test_what_is_shown_of_a_bias_is_what_softmax_sees() -> None:
+    """Swin v2's network gives about 8 everywhere at first, beside which its structure would not be seen."""
+    torch.manual_seed(0)
+    for table in bias_tables(create_model("swinv2_micro")):
+        assert table.heads.mean() > 5
+        torch.testing.assert_close(table.contrast.mean((1, 2)), torch.zeros(len(table.heads)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(table.contrast.diff(dim=2), table.heads.diff(dim=2), atol=1e-5, rtol=0)

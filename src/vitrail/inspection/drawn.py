@@ -157,8 +157,8 @@ def biases(subject: Subject, out: Path, shown: int) -> list[Block]:
     pictures: list[dict[str, str]] = []
     rows: list[Sequence[Any]] = []
     for table in bias_tables(subject.model):
-        largest = table.heads.abs().max().item()
-        picture = charts.mosaic([charts.signed_tile(head, largest) for head in table.heads], 4, 64)
+        largest = table.contrast.abs().max().item()
+        picture = charts.mosaic([charts.signed_tile(head, largest) for head in table.contrast], 4, 64)
         _save(picture, out / f"bias-{table.name}.png")
         pictures.append(_picture(picture, f"{table.name}: {table.unit}, up to {largest:.2f}", 640))
         rows += [(table.name, head, y, x, f"{value:.5f}") for head, part in enumerate(table.heads)

@@ -34,7 +34,8 @@ ABOUT = {
     "filters": "Principal components of the filters that read the pixels, the strongest first, each over its own range.",
     "positions": "A tile shows how alike the position of one place is to all others (cosine): a tile's place in the grid is "
     "the place that is compared.",
-    "biases": "What a head prefers by offset alone. A tile is a head; its middle is no offset, warm is more, cold is less.",
+    "biases": "What a head prefers by offset alone. A tile is a head; its middle is no offset, warm is more "
+    "and cold less than the head's mean, which softmax does not see.",
     "tokens": "Cosine similarity of class and distillation token after every block, mean over the pictures.",
     "lens": "The classifier applied to the tokens after each block, the later blocks left out.",
     "cka": "Linear centred kernel alignment between the states after every two blocks: 1 where they are the same up to "

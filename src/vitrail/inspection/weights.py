@@ -13,6 +13,7 @@ from vitrail.layers.bias import ContinuousBias, RelativeBias
 from vitrail.layers.position import ClipPosition, PositionTable, RelativePosition, VideoPosition
 from vitrail.models import Model
 
+LOGITS = "added to the logits"
 COMPONENTS = 28  # as many as the ViT paper shows (figure 7, left)
 
 
@@ -108,7 +109,12 @@ class BiasTable:
 
     name: str
     heads: Float[Tensor, "k y x"]
-    unit: str = "added to the logits"
+    unit: str = LOGITS
+
+    @property
+    def contrast(self) -> Float[Tensor, "k y x"]:
+        """What of it can matter: logits without each head's mean, which softmax does not see; similarities as they are."""
+        return self.heads - self.heads.mean((1, 2), keepdim=True) if self.unit == LOGITS else self.heads
 
 
 @torch.no_grad()
