@@ -73,7 +73,8 @@ def test_commands_can_be_read(where: str, line: str) -> None:
     if name == "train":
         assert arguments.model in MODELS
         assert not arguments.recipe or arguments.recipe in RECIPES
-        replace_dotted(MODELS[arguments.model], arguments.overrides)
+        model = RECIPES[arguments.recipe]().model if arguments.recipe and "--model" not in rest else arguments.model
+        replace_dotted(MODELS[model], arguments.overrides)
 
 
 def test_make_targets_exist() -> None:
