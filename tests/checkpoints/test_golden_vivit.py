@@ -81,7 +81,8 @@ def test_matches_the_authors(case_id: str, tmp_path, record_property) -> None:
     path = save_model(model, tmp_path / "out", format="scenic")
     assert path.name == "checkpoint"
     again = load_model(tmp_path / "out", quiet=True, **AUTHORS[case_id])
-    assert torch.equal(again(x), got["logits"])
+    with torch.inference_mode():  # as above: with gradients another kernel may attend
+        assert torch.equal(again(x), got["logits"])
 
 
 def test_trees_of_the_training_code(tmp_path) -> None:

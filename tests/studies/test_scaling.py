@@ -33,7 +33,7 @@ def test_the_flat_family_is_saturated_and_the_steep_one_gains() -> None:
     assert "Still gaining from data: vit x0.5, vit x1." in found.answer
     assert "Saturated: resnet x0.5, resnet x1." in found.answer
     gain, low, high = found.numbers["gain_of_doubling"]["vit x1"]
-    assert low < 1 - 2**-0.4 < high
+    assert low - 1e-9 < 1 - 2**-0.4 < high + 1e-9  # noise-free points may pin an end of the interval to the value
     assert gain == pytest.approx(1 - 2**-0.4, abs=0.03)
     a, b, c = (found.numbers["data"]["resnet x1"][name] for name in "abc")
     assert a * 1e4**-b + c == pytest.approx(0.18, abs=0.01)

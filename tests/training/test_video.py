@@ -62,7 +62,8 @@ def test_a_run_on_videos(fit_clips: Fit, folder: Path, capsys: pytest.CaptureFix
     report = evaluate(model, folder, split="val", progress=False)
     assert report.metrics["nll"] == pytest.approx(run.metrics["nll"], abs=1e-5)
     page = write_report(run.path, model=run.model, report=run.report).read_text(encoding="utf-8")
-    assert "Maps over clips are not drawn" in page
+    assert "of the videos named rightly" in page
+    assert "A model of the family clip has no attention, so there are no maps to show." in page
     single = evaluate(model, folder, split="val", clips=1, crops=1, progress=False)
     assert single.outputs is not None
     assert report.outputs is not None
