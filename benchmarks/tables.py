@@ -85,7 +85,7 @@ def video(cells: Cells) -> str:
 
 
 TABLES: dict[str, Callable[[Cells], str]] = {
-    "models-cpu": models, "models-cuda": models, "data": data, "video": video,
+    "models-cpu": models, "models-cpu-avx2": models, "models-cuda": models, "data": data, "video": video,
 }  # fmt: skip
 
 

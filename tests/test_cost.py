@@ -108,7 +108,9 @@ def test_peak_is_plausible_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     cost._peaks.cache_clear()
     monkeypatch.setattr(cost, "_measure_peak", lambda device, dtype: 1.0)
     assert cost.matmul_peak("cpu", "fp32") == peak  # from the file
-    assert cost.matmul_peak("cpu", "fp32", refresh=True) == 1.0
+    assert cost.matmul_peak("cpu", "fp32", refresh=True) == peak  # a slower one was disturbed
+    monkeypatch.setattr(cost, "_measure_peak", lambda device, dtype: 2 * peak)
+    assert cost.matmul_peak("cpu", "fp32", refresh=True) == 2 * peak
     cost._peaks.cache_clear()
 
 
