@@ -146,3 +146,19 @@ def test_autocast_computes_in_the_precision() -> None:
     for precision, dtype in cost.DTYPES.items():
         with cost.autocast(torch.device("cpu"), precision):
             assert (a @ a).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "precision", "layout"),
+    [
+        ("resnet_micro", "infer", "fp32", torch.channels_last),
+        ("resnet_micro", "train", "fp32", torch.contiguous_format),
+        ("resnetv2_micro", "infer", "fp32", torch.contiguous_format),
+        ("resnetv2_micro", "infer", "bf16", torch.channels_last),
+        ("slowfast_micro", "infer", "fp32", torch.contiguous_format),
+        ("slowfast_micro", "infer", "bf16", torch.channels_last_3d),
+        ("deit_micro", "train", "bf16", torch.contiguous_format),
+    ],
+)
+def test_the_layout_is_one_that_torch_sums_well_in(name: str, task: str, precision: str, layout: torch.memory_format) -> None:
+    assert cost.memory_format(create_model(name), task == "train", precision) == layout

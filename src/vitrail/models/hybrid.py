@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitrail.layers.conv import sums_plainly
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
 from vitrail.layers.position import PositionConfig
@@ -88,8 +89,7 @@ class Hybrid(Model):
     def maps(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
         """The trunk's feature map, whose cells are the ViT's pixels."""
         self.check_input(x)
-        # Convolutions and group norms run faster with channels innermost, where the ViT's tokens want them too.
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(x if sums_plainly(x) else x.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             for block in stage:  # type: ignore[attr-defined]
                 x = self.run_block(block, x)
