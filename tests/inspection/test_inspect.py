@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from vitrail.cli import main
-from vitrail.config import ConfigError
+from vitrail.config import ConfigError, DataConfig
+from vitrail.data import open_data
+from vitrail.data.pack import pack_data
 from vitrail.inspection.inspect import inspect
 from vitrail.inspection.views import VIEWS, missing
 from vitrail.models import create_model
@@ -82,6 +84,16 @@ def test_a_clip_over_space_and_time(tmp_path: Path) -> None:
     assert {row["axis"] for row in rows(tmp_path / "out" / "distance.csv")} == {"space", "time"}
     assert len(json.loads((tmp_path / "out" / "attention.json").read_text())) == 1
     assert "it needs at least 4 clips, and 2 were given" in page.read_text()
+
+
+def test_a_packed_set_is_looked_into_like_the_one_it_was_made_of(pictures: list[str], tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("path,label\n" + "".join(f"{path},{number % 2}\n" for number, path in enumerate(pictures * 2)))
+    pack_data(open_data(table, DataConfig(val_fraction=0.0)), tmp_path / "packed", progress=False)
+    for source in (table, tmp_path / "packed"):
+        inspect(lively("vit_micro_patch4_16"), [str(source)], tmp_path / source.stem / "out", views=("rollout",), measured=4)
+    found = [rows(tmp_path / stem / "out" / "rollout.csv") for stem in ("table", "packed")]
+    assert found[0] == found[1] != []
 
 
 def test_a_view_without_meaning_is_refused_by_name(pictures: list[str], tmp_path: Path) -> None:

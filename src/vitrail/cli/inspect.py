@@ -30,7 +30,7 @@ class Arguments:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run directory, a checkpoint, a folder with one, or a name that `vitrail models` lists (random weights)."""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES|CLIP|DATA")] = ()
-    """Pictures or clips: files, folders, patterns; or one data set: a table, shards, an embedded set."""
+    """Pictures or clips: files, folders, patterns; or one data set: a table, shards, an Arrow folder, an embedded set."""
     compare: str = ""  # another model, shown beside it on the same pictures
     views: tuple[str, ...] = ()  # only these; by default all that the model has
     out: str = ""  # directory of the page and the files; by default inspect/<model>

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitrail.config import ConfigError, DataConfig, Preprocess
 from vitrail.data import open_data
+from vitrail.data.arrow import is_dataset_folder
 from vitrail.data.clips import clips_for_eval
 from vitrail.data.embedded import NAMES as EMBEDDED
 from vitrail.data.footage import Footage
@@ -50,7 +51,7 @@ class Subject:
 def subject(model: Model, name: str, inputs: Sequence[str], most: int) -> tuple[Subject, list[str]]:
     """A model with at most `most` of the pictures or clips that `inputs` stand for, and what could not be read.
 
-    inputs: files, folders, patterns, or one data set (a table, tar shards, an embedded set), of which samples spread evenly
+    inputs: files, folders, patterns, or one data set (a table, tar shards, an Arrow folder, an embedded set), of which samples spread evenly
     over its test split are taken. Raises ConfigError where nothing can be read.
     """
     card, config = model.card, model.config
@@ -76,8 +77,9 @@ def subject(model: Model, name: str, inputs: Sequence[str], most: int) -> tuple[
 
 
 def _asked(inputs: Sequence[str], preprocess: Preprocess, most: int) -> Iterable[Asked]:
-    first = inputs[0]
-    if len(inputs) > 1 or not (first in EMBEDDED or Path(first).suffix.lower() in (*TABLES, ".tar")):
+    first, path = inputs[0], Path(inputs[0])
+    is_data = first in EMBEDDED or path.suffix.lower() in (*TABLES, ".tar") or is_dataset_folder(path)
+    if len(inputs) > 1 or not is_data:
         return expand(list(inputs), videos=bool(preprocess.frames))
     data = open_data(first, DataConfig())
     dataset = next(split for split in (data.test, data.val, data.train) if split is not None and len(split))
