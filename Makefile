@@ -12,7 +12,7 @@ PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-demo: .venv/.core  ## train a Vision Transformer on handwritten digits (about 3 minutes on 2 cores)
+demo: .venv/.core  ## train a Vision Transformer on handwritten digits (3 to 5 minutes on 2 cores)
 	rm -rf runs/demo
 	$(BIN)/vitrail train digits --recipe digits --out runs/demo
 

@@ -1,4 +1,4 @@
-"""Weight standardisation: its rules, its padding, and the kept kernel that must never be stale."""
+"""Convolutions: weight standardisation (rules, padding, a kept kernel that is never stale); depthwise ones of clips."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitrail.layers.conv import StdConv2d, max_pool_same
+from vitrail.layers.conv import StdConv2d, depthwise3d, max_pool_same
 
 
 def by_formula(weight: torch.Tensor, eps: float, rule: str) -> torch.Tensor:
@@ -119,3 +119,49 @@ def test_folding_and_copying() -> None:
         torch.testing.assert_close(conv(x), before)
         torch.testing.assert_close(twin(x), before)
         assert conv.effective_weight() is conv.weight
+
+
+@pytest.mark.parametrize("innermost", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride"),
+    [
+        ((2, 6, 5, 8, 9), (3, 3, 3), (1, 1, 1)),
+        ((2, 6, 5, 8, 9), (3, 3, 3), (1, 2, 2)),
+        ((1, 6, 1, 7, 7), (3, 3, 3), (1, 4, 4)),  # no frame before or after the only one
+        ((2, 6, 5, 4, 4), (5, 1, 1), (1, 1, 1)),
+        ((1, 6, 2, 4, 4), (5, 1, 1), (1, 1, 1)),  # fewer frames than the kernel reaches
+        ((2, 6, 6, 8, 8), (3, 3, 3), (2, 2, 2)),  # frames are lost: torch's own way
+        ((1, 6, 5, 8, 8), (1, 3, 3), (1, 1, 1)),
+    ],
+)
+def test_depthwise_convolution_of_clips_has_torchs_values_and_gradients(shape, kernel, stride, innermost: bool) -> None:
+    torch.manual_seed(0)
+    padding = tuple(k // 2 for k in kernel)
+    x, weight, bias = torch.randn(shape), torch.randn(shape[1], 1, *kernel), torch.randn(shape[1])
+    if innermost:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    for with_bias in (False, True):
+        found, wanted = [], []
+        for dtype, results in ((torch.float32, found), (torch.float64, wanted)):
+            inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight, bias)[: 2 + with_bias]]
+            if dtype is torch.float32:
+                y = depthwise3d(inputs[0], inputs[1], inputs[2] if with_bias else None, stride, padding)
+                with torch.no_grad():
+                    again = depthwise3d(inputs[0], inputs[1], inputs[2] if with_bias else None, stride, padding)
+                torch.testing.assert_close(again, y)
+            else:
+                y = F.conv3d(inputs[0], inputs[1], inputs[2] if with_bias else None, stride, padding, 1, shape[1])
+            results += [y, *torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), inputs)]
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_gradients_asked_for_are_computed() -> None:
+    x, weight = torch.randn(1, 4, 3, 6, 6), torch.randn(4, 1, 3, 3, 3)
+    for stride in ((1, 1, 1), (1, 2, 2)):
+        for chosen in (x, weight):
+            chosen.requires_grad_()
+            (gradient,) = torch.autograd.grad(depthwise3d(x, weight, None, stride, (1, 1, 1)).sum(), [chosen])
+            (wanted,) = torch.autograd.grad(F.conv3d(x, weight, None, stride, 1, 1, 4).sum(), [chosen])
+            torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-5)
+            chosen.requires_grad_(False)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .conv import depthwise3d
 from .position import Grid
 
 Steps = tuple[int, ...]  # a kernel or a stride: (time, height, width) of clips, (height, width) of pictures
@@ -52,10 +53,12 @@ class Pool(nn.Module):
         if self.weight is None:
             maps = slide(self.mode, maps, self.kernel, self.stride, self.padding)
         else:
-            convolve = F.conv2d if maps.ndim == 4 else F.conv3d
             # Heads are channels here: one depthwise convolution with every head's copy of the kernel, nothing is moved.
             weight = self.weight.repeat(heads, *[1] * (self.weight.ndim - 1))
-            maps = convolve(maps, weight, None, self.stride, self.padding, 1, x.shape[2])  # type: ignore[operator]
+            if maps.ndim == 5:
+                maps = depthwise3d(maps, weight, None, self.stride, self.padding)  # type: ignore[arg-type]
+            else:
+                maps = F.conv2d(maps, weight, None, self.stride, self.padding, 1, x.shape[2])
         pooled = to_tokens(maps)
         if prefix:
             pooled = torch.cat([x[:, :prefix], pooled], 1)

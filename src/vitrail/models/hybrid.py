@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.layers.conv import sums_plainly
+from vitrail.layers.conv import in_float32_on_cpu
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
 from vitrail.layers.position import PositionConfig
@@ -89,7 +89,7 @@ class Hybrid(Model):
     def maps(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
         """The trunk's feature map, whose cells are the ViT's pixels."""
         self.check_input(x)
-        x = self.stem(x if sums_plainly(x) else x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(x if in_float32_on_cpu(x) else x.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             for block in stage:  # type: ignore[attr-defined]
                 x = self.run_block(block, x)
