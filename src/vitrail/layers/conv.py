@@ -205,7 +205,8 @@ def depthwise3d(
     it is a sum of weighted frames: 25 ms.
     """
     same_frames = stride[0] == 1 and 2 * padding[0] + 1 == weight.shape[2]
-    if same_frames and in_float32_on_cpu(x) and not torch.compiler.is_compiling():
+    real = type(x) is Tensor and not torch.compiler.is_compiling()  # traced or counted, the operation is torch's own
+    if same_frames and real and in_float32_on_cpu(x):
         over_time = weight.shape[3:] == (1, 1) and stride == (1, 1, 1) and padding[1:] == (0, 0)
         learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if over_time or (learning and bias is None):
