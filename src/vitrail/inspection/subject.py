@@ -51,8 +51,8 @@ class Subject:
 def subject(model: Model, name: str, inputs: Sequence[str], most: int) -> tuple[Subject, list[str]]:
     """A model with at most `most` of the pictures or clips that `inputs` stand for, and what could not be read.
 
-    inputs: files, folders, patterns, or one data set (a table, tar shards, an Arrow folder, an embedded set), of which samples spread
-    evenly over its test split are taken. Raises ConfigError where nothing can be read.
+    inputs: files, folders, patterns, or one data set (a table, tar shards, an Arrow folder, an embedded set), of which samples
+    spread evenly over its test split are taken. Raises ConfigError where nothing can be read.
     """
     card, config = model.card, model.config
     preprocess = (card.preprocess if card else None) or Preprocess(
