@@ -181,7 +181,7 @@ def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
     """
     if isinstance(conv, nn.Conv3d):
         if conv.groups == conv.in_channels == conv.out_channels > 1 and isinstance(conv.padding, tuple):
-            return depthwise3d(x, conv.weight, conv.bias, conv.stride, conv.padding)
+            return depthwise3d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # type: ignore[arg-type]
         return conv(x)
     strided = conv.groups == conv.in_channels > 1 and conv.stride != (1, 1)
     if strided and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled():
