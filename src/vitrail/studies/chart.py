@@ -43,6 +43,9 @@ def _figure(chart: Chart) -> Figure:
         axes.minorticks_off()
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
+        if not chart.logy:  # an interval of few seeds may reach where no share can be
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, -0.03), min(high, 1.03))
     if chart.categories:
         long = max(map(len, chart.categories)) * len(chart.categories) > 60
         axes.set_xticks(
@@ -74,7 +77,7 @@ def _add(axes: Axes, series: Series, place: int, shift: float) -> None:
 
 
 def _plain_log(axes: Axes, chart: Chart) -> None:
-    """Ticks at what was measured, where that is few values, and at powers of ten beyond it; else at these alone."""
+    """Ticks at what was measured, where that is few values, and at powers of ten beyond it; else at 1, 2 and 5 of a decade."""
     values = sorted({float(x) for series in chart.series if not series.dashed for x in series.x})
     reach = max(float(x) for series in chart.series for x in series.x)
     apart = all(after / before >= 1.3 for before, after in pairwise(values))  # labels nearer to each other would meet
@@ -85,8 +88,10 @@ def _plain_log(axes: Axes, chart: Chart) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
     else:
-        axes.xaxis.set_major_locator(LogLocator(10))
+        axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
 
 
 def _short(x: float) -> str:

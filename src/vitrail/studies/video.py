@@ -209,7 +209,7 @@ def conclude(config: Config, rows: Sequence[Row]) -> Findings:
             + "."
         )
         if blind:
-            sentences.append(f"No better than a coin by that measure: {', '.join(blind)}.")
+            sentences.append(f"Not better than a coin beyond doubt by that measure: {', '.join(blind)}.")
     sentences += _starts(groups, pictures)
     columns = ["model", "parameters", "MFLOPs a clip", "ms a clip", "MiB a batch", "steps", "top-1", "spread", "seeds"]
     table = Table(
