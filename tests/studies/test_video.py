@@ -59,7 +59,7 @@ def test_what_is_concluded() -> None:
     findings = conclude(Config(data="motion"), rows)
     assert "seeing, top-1 91.0" in findings.answer
     assert "cheapest per clip: blind (10.0 MFLOPs)" in findings.answer
-    assert findings.sentences[1] == "No better than a coin by that measure: blind."
+    assert findings.sentences[1] == "Not better than a coin beyond doubt by that measure: blind."
     plain = conclude(Config(data="clips/"), [{k: v for k, v in r.items() if k != "reversals"} for r in rows])
     assert plain.sentences == []
     assert plain.tables[0].columns[-1] == "seeds"
