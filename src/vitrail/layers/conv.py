@@ -199,22 +199,21 @@ def depthwise3d(
 ) -> Float[Tensor, "b c u v w2"]:
     """Depthwise convolution of clips, one kernel per channel, by the fast way round slow kernels.
 
-    In float32 on a CPU (torch 2.15, AVX2, channels innermost, one thread) torch's gradients take ten to twenty times as long as
-    its convolution, 24 + 61 ms after 3 ms for (32, 54, 8, 8, 8); here they are the convolution with the turned kernel and, step
-    by step in time, convolutions of two dimensions: 13 ms. A kernel over time alone takes 119 ms for (2, 24, 13, 80, 80); here
-    it is a sum of weighted frames: 25 ms.
+    In float32 on a CPU (torch 2.15, AVX2, channels innermost, one thread) torch's gradients take ten times as long as its
+    convolution or more, 24 + 61 ms after 3 ms for (32, 54, 8, 8, 8); here they are the convolution with the turned kernel and,
+    step by step in time, convolutions of two dimensions: 13 ms. A kernel over time alone takes 120 ms for (2, 24, 13, 80, 80);
+    here it is a sum of weighted frames: 30 ms.
     """
     same_frames = stride[0] == 1 and 2 * padding[0] + 1 == weight.shape[2]
     real = type(x) is Tensor and not torch.compiler.is_compiling()  # traced or counted, the operation is torch's own
-    if same_frames and real and in_float32_on_cpu(x):
-        over_time = weight.shape[3:] == (1, 1) and stride == (1, 1, 1) and padding[1:] == (0, 0)
-        learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if over_time or (learning and bias is None):
-            y = (_OverTime.apply(x, weight) if learning else weighted_frames(x, weight)) if over_time else (
-                _Depthwise3d.apply(x, weight, stride, padding)
-            )  # fmt: skip
-            return y if bias is None else y + bias[:, None, None, None]
-    return F.conv3d(x, weight, bias, stride, padding, 1, x.shape[1])
+    if not (same_frames and real and in_float32_on_cpu(x)):
+        return F.conv3d(x, weight, bias, stride, padding, 1, x.shape[1])
+    if weight.shape[3:] == (1, 1) and stride == (1, 1, 1) and padding[1:] == (0, 0):
+        y = _OverTime.apply(x, weight)
+        return y if bias is None else y + bias[:, None, None, None]
+    if bias is None:
+        return _Depthwise3d.apply(x, weight, stride, padding)
+    return F.conv3d(x, weight, bias, stride, padding, 1, x.shape[1])  # a folded one, which does not learn
 
 
 def _overlaps(kernel: int, frames: int) -> Iterator[tuple[int, slice, slice]]:

@@ -89,6 +89,7 @@ class Hybrid(Model):
     def maps(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d rows columns"]:
         """The trunk's feature map, whose cells are the ViT's pixels."""
         self.check_input(x)
+        # Faster with channels innermost, where the ViT's tokens want them too, except where group norms then lose digits.
         x = self.stem(x if in_float32_on_cpu(x) else x.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             for block in stage:  # type: ignore[attr-defined]

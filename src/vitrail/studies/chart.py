@@ -84,14 +84,11 @@ def _plain_log(axes: Axes, chart: Chart) -> None:
     if 2 <= len(values) <= 8 and apart:
         beyond = [10.0**power for power in range(20) if 1.5 * values[-1] < 10.0**power <= reach]
         axes.set_xticks([*values, *beyond])
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.minorticks_off()
     else:
         axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.minorticks_off()
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _short(x)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
 
 
 def _short(x: float) -> str:
