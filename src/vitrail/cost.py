@@ -79,21 +79,19 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, DTYPES[precision])
 
 
-def memory_format(model: nn.Module, training: bool = False, precision: str = "fp32") -> torch.memory_format:
+def memory_format(model: nn.Module, precision: str = "fp32") -> torch.memory_format:
     """The layout of inputs and weights that a model runs fastest in: channels last where convolutions hold most weights.
 
-    But not for float32 training of pictures on a CPU: torch's channels-last batch normalisation sums plainly in float32
-    there, and the gradients of a ResNet-50 come out three times less accurate (measured against float64); nor for float32 on a
-    CPU where there are group norms, which do the same in answering. Nor for float32 clips on a CPU, where it gains nothing; in
-    bfloat16 SlowFast answers 1.4 times as fast (measured on AVX512-BF16).
+    But not for float32 on a CPU where there are group norms, which torch then sums plainly (for batch normalisation see
+    `layers.norm`). Nor for float32 clips on a CPU, where it gains nothing; in bfloat16 SlowFast answers 1.4 times as fast
+    (measured on AVX512-BF16).
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    sums_plainly = training or any(isinstance(module, nn.GroupNorm) for module in model.modules())
+    plainly = next(model.parameters()).device.type == "cpu" and precision == "fp32"
+    grouped = any(isinstance(module, nn.GroupNorm) for module in model.modules())
     for kind, layout in ((nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d)):
         convolved = sum(m.weight.numel() for m in model.modules() if isinstance(m, kind))
         if 2 * convolved > count_parameters(model):
-            plain = on_cpu and precision == "fp32" and (sums_plainly or kind is nn.Conv3d)
-            return torch.contiguous_format if plain else layout
+            return torch.contiguous_format if plainly and (grouped or kind is nn.Conv3d) else layout
     return torch.contiguous_format
 
 

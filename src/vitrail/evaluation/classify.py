@@ -90,7 +90,7 @@ def answer_dataset(
     and gets its mode back. The other arguments, and what is raised, are those of `predict_dataset`.
     """
     device, was_training = torch.device(device), model.training
-    layout, normalise = memory_format(model, precision=precision), Normalise(preprocess).to(device)
+    layout, normalise = memory_format(model, precision), Normalise(preprocess).to(device)
     model.to(device).eval()
     batches = eval_batches(
         dataset, preprocess=preprocess, batch_size=max(batch_size // view_count(preprocess), 1), workers=workers,

@@ -38,7 +38,7 @@ class Engine:
         self.device, self.dtype = device, DTYPES[precision]
         self.normalise = Normalise(preprocess).to(device)
         prepared = fold_batchnorm(model).requires_grad_(False).to(device, self.dtype)
-        self.layout = memory_format(prepared, precision=precision)
+        self.layout = memory_format(prepared, precision)
         self.model = prepared.to(memory_format=self.layout)
 
     @torch.no_grad()

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.layers.norm import in_float32_on_cpu, normalise
+
 ReLU = partial(nn.ReLU, inplace=True)  # what it overwrites (a normalised map, a sum) is needed by nobody else
 Volume = tuple[int, int, int]
 
@@ -47,7 +49,7 @@ class ConvNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, cin, [t,] h, w) to (b, cout, [t',] h', w')."""
-        return self.act(self.norm(convolve(self.conv, x)))
+        return self.act(normalise(self.norm, convolve(self.conv, x)))
 
     def fold(self) -> None:
         """Replace convolution and normalisation by one convolution of the same function in eval mode."""
@@ -161,15 +163,6 @@ def max_pool_same(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c i j"]:
     even ones a single row at the end, where `ceil_mode` lets the last window reach out.
     """
     return F.max_pool2d(x, 3, 2, (x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
-
-
-def in_float32_on_cpu(x: Tensor) -> bool:
-    """Whether x is computed with in float32 on a CPU, where some of torch's kernels are better avoided (torch 2.15, AVX2).
-
-    Its group norm adds up squares without a correction when channels are innermost: logits of an R50 + ViT-B/16 are three
-    times, those of a BiT-R50 six times as far from float64 as with contiguous maps, which are as fast there.
-    """
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitrail.layers.conv import in_float32_on_cpu
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead
+from vitrail.layers.norm import in_float32_on_cpu
 from vitrail.layers.position import PositionConfig
 from vitrail.layers.route import Route, tile
 

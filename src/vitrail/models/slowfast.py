@@ -21,6 +21,7 @@ from vitrail.layers.conv import ConvNorm, ReLU
 from vitrail.layers.embed import frames_problem
 from vitrail.layers.features import Features
 from vitrail.layers.head import ClassifierHead, window_means
+from vitrail.layers.norm import normalise
 from vitrail.layers.route import Route, Site, Step, coarser, pooled, tile
 
 from .base import Model
@@ -88,7 +89,7 @@ class NonLocal(nn.Module):
             y = attend(q, k, v, site=self.site)
         else:
             y = q @ (k.transpose(2, 3) @ v) / k.shape[2]
-        return x + self.norm(self.proj(y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])))
+        return x + normalise(self.norm, self.proj(y[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])))
 
 
 class Bottleneck(nn.Module):

@@ -232,7 +232,7 @@ def prepare(request: Request, ranks: Ranks, objective: Objective | None, evaluat
     trained = model if pretext is None else pretext
     trained.to(ranks.device)
     model.set_checkpointing(config.checkpointing)
-    layout = memory_format(model, training=True, precision=precision)
+    layout = memory_format(model, precision)
     model.to(memory_format=layout)  # type: ignore[call-overload]
     config = replace_flat(config, {"preset": "none", "device": ranks.device.type, "precision": precision})
     mode: DecodeMode = "exact" if config.data_config.decode == "exact" else "scaled"

@@ -56,7 +56,7 @@ class Teacher(nn.Module):
     def __init__(self, found: Found, columns: list[int] | None, student: Preprocess, precision: str):
         super().__init__()
         self.found, self.student, self.precision = found, student, precision
-        self.layout = memory_format(found.model, precision=precision)
+        self.layout = memory_format(found.model, precision)
         self.model = found.model.eval().requires_grad_(False).to(memory_format=self.layout)  # type: ignore[call-overload]
         own = found.preprocess
         mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (own.mean, own.std))
