@@ -7,6 +7,7 @@ the same thing.
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -18,6 +19,7 @@ from vitrail.config import ConfigError, convert
 
 T = TypeVar("T")
 METAVARS: dict[Any, str] = {int: "N", float: "X", str: "TEXT"}
+NAMES = re.compile(r"[\w-]+(,[\w-]+)+")
 UNSET = "unset"  # how an empty text or None reads among the defaults of a help page
 
 registry = ConstructorRegistry()
@@ -62,6 +64,22 @@ def _one_word(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         is_instance=lambda value: True,
         str_from_instance=lambda value: [_show(value)],
         choices=tuple(map(str, get_args(core))) if get_origin(core) is Literal else None,
+    )
+
+
+@registry.primitive_rule
+def _names(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Words of a flag that takes several, apart or joined by commas as numbers are; paths and settings stay whole."""
+    if info.type != tuple[str, ...] or tyro.conf.Positional in info.markers:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME,...",
+        instance_from_str=lambda words: tuple(
+            name for word in words for name in (word.split(",") if NAMES.fullmatch(word) else [word])
+        ),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [_show(item) for item in value] or [UNSET],
     )
 
 
