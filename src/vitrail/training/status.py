@@ -91,7 +91,7 @@ def status_line(job: Job, plan: Plan, meter: Meter, clock: Clock, result: StepRe
         f"epoch {job.epoch:.2f}",
         f"loss {means['loss']:.4f}",
         *([f"accuracy {means['accuracy']:.1%}"] if "accuracy" in means else []),
-        f"{meter.speed:,.0f} images/s",
+        f"{meter.speed:,.0f} {'clips' if job.state.model.takes_clips else 'images'}/s",
         f"MFU {plan.utilisation(meter.speed, job.ranks.world, job.progressive.cost(p.step, p.total)):.0%}",
         f"data wait {meter.waiting:.0%}",
         f"ETA {duration(clock.remaining(p.total - p.step))}",
