@@ -35,9 +35,12 @@ def _sums_plainly(x: Tensor) -> bool:
     """Whether torch (2.15, float32, CPU) would add up a channel's values one after the other: where channels are innermost."""
     if type(x) is not Tensor or torch.compiler.is_compiling() or not in_float32_on_cpu(x):  # traced, it is torch's own
         return False
-    innermost = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
     many = x.numel() >= MANY * x.shape[1] and 2 * x.shape[1] <= LANES
-    return many and x.is_contiguous(memory_format=innermost) and not x.is_contiguous()
+    return many and x.is_contiguous(memory_format=_innermost(x)) and not x.is_contiguous()
+
+
+def _innermost(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
 
 
 def batch_norm(norm: nn.BatchNorm2d | nn.BatchNorm3d, x: Float[Tensor, "b c *grid"]) -> Float[Tensor, "b c *grid"]:
@@ -97,7 +100,7 @@ class _BatchNorm(torch.autograd.Function):
         c = x.shape[1]
         n = x.numel() // c
         k = _fold(n, c)
-        grad = grad.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
+        grad = grad.contiguous(memory_format=_innermost(x))
         scale = (variance + ctx.eps).rsqrt()
         statistics = (mean.repeat(k), scale.repeat(k))
         _, of_weights, of_biases = torch.ops.aten.native_batch_norm_backward(
