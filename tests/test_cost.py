@@ -80,10 +80,9 @@ def test_checkpointing_and_bf16_save_activations() -> None:
     assert cost.forecast_memory(model, 8).activations < 0.5 * plain
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_forecast_is_near_the_measured_peak_of_a_step(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "batch"), [("fp32", 24), ("bf16", 12)])  # many processors are slow at bf16
+def test_forecast_is_near_the_measured_peak_of_a_step(precision: str, batch: int) -> None:
     # What the allocator hands out, not the resident size: that also holds what the libraries of this or that CPU keep.
-    batch = 24
     model = create_model("vit_tiny_patch16_224", depth=4, image_size=192)
     images = torch.randn(batch, 3, 192, 192)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -1,7 +1,8 @@
 """Runs snippets of code in forks of one process that has already imported torch and the models, without the typing hook.
 
 Importing torch takes seconds, a fork milliseconds. Reads one JSON request a line from stdin ({"code", "arguments",
-"timeout"}) and answers each with one JSON line ({"code", "out", "err"}); a snippet sees `sys.argv` as after `python -c`.
+"timeout", "environment"}) and answers each with one JSON line ({"code", "out", "err"}); a snippet sees `sys.argv` as after
+`python -c`, and the environment of who asks.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import IO, Any
 def serve() -> None:
     """Answer requests until stdin ends."""
     import torch
-    import torch._dynamo
+    import torch._dynamo.backends.debugging
     import torch._functorch.aot_autograd
+    import torch._inductor.lowering  # which the first graph of a process imports otherwise, in two seconds
 
     import vitrail.checkpoints
     import vitrail.cost
@@ -57,6 +59,8 @@ def run(request: dict[str, Any], out: IO[str], err: IO[str]) -> None:
     for descriptor, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out.fileno()), (2, err.fileno())):
         os.dup2(source, descriptor)
     sys.argv = ["-c", *request["arguments"]]
+    os.environ.clear()
+    os.environ.update(request["environment"])
     code = 0
     try:
         exec(compile(request["code"], "<test>", "exec"), {"__name__": "__main__"})
@@ -83,7 +87,8 @@ class Zygote:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"code": code, "arguments": arguments, "timeout": timeout}) + "\n")
+        request = {"code": code, "arguments": arguments, "timeout": timeout, "environment": dict(os.environ)}
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 

@@ -28,7 +28,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vitrail.models import Model
 from vitrail.models.pretext import Pretext
@@ -106,17 +106,44 @@ def count_flops(model: Model | Pretext, shape: tuple[int, ...] | None = None) ->
     A multiply-add counts as 2; matrix products, convolutions and attention count, element-wise work does not (the convention
     of torch.utils.flop_counter). Half of it is what papers print as "GFLOPs" (GMACs).
     """
-    with _pretended(model, training=False) as forward, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        counter = FlopCounterMode(display=False)
-        with counter:
-            forward(torch.empty(1, *(shape or model.input_shape)))
-    return int(counter.get_total_flops())
+    counter = _Products()
+    with _pretended(model, torch.device("meta")) as forward, sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        forward(torch.empty(1, *(shape or model.input_shape)))
+    return counter.flops
+
+
+class _Products(TorchDispatchMode):
+    """Adds up the FLOPs of what runs. Twice as fast as FlopCounterMode, which also follows the modules.
+
+    Norms, softmax and activations cost nothing by the convention, but finding their shapes takes most of the time on the meta
+    device, milliseconds each: they are left out here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, operation = kwargs or {}, func._overloadpacket
+        if operation in _SHAPED_LIKE_THE_INPUT:
+            like = torch.empty_like(args[0])
+            return (like, like, like) if operation in _WITH_STATISTICS else like  # which only gradients need
+        out = func(*args, **kwargs)
+        if operation in flop_registry:
+            self.flops += flop_registry[operation](*args, **kwargs, out_val=out)
+        return out
+
+
+_WITH_STATISTICS = {torch.ops.aten.native_layer_norm, torch.ops.aten.native_group_norm, torch.ops.aten.native_batch_norm}
+_SHAPED_LIKE_THE_INPUT = {
+    *_WITH_STATISTICS, torch.ops.aten._softmax, torch.ops.aten._safe_softmax, torch.ops.aten.gelu, torch.ops.aten.silu,
+}  # fmt: skip
 
 
 def flops_by_part(model: Model) -> dict[str, int]:
     """FLOPs of one forward pass by the model's direct children, as `count_flops` counts; children without any are left out."""
     counter = FlopCounterMode(display=False)
-    with _pretended(model, training=False) as forward, sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+    with _pretended(model, torch.device("meta")) as forward, sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
         forward(torch.empty(1, *model.input_shape))
     found: dict[str, int] = {}
     for where, counts in counter.get_flop_counts().items():
@@ -160,7 +187,8 @@ def forecast_memory(
     """
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) if training else 0
-    with _pretended(model, training) as forward, torch.set_grad_enabled(training):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)  # says "cpu", so that kernels are chosen as they will be
+    with _pretended(model, fake, training) as forward, torch.set_grad_enabled(training):
         images = torch.empty(batch_size, *(shape or model.input_shape))
         with _LiveBytes() as live:
             with autocast(torch.device("cpu"), precision):
@@ -185,12 +213,13 @@ def _loss(answer: Tensor | dict[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _pretended(model: Model | Pretext, training: bool) -> Iterator[Any]:
-    """A function input -> output that runs the model on tensors that have shapes but no storage; the model is not touched."""
+def _pretended(model: Model | Pretext, world: AbstractContextManager[Any], training: bool = False) -> Iterator[Any]:
+    """A function input -> output that runs the model on tensors that have shapes but no storage, as all are that are made in
+    `world`; the model is not touched."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.train(training)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with world:
             state = {n: torch.empty(b.shape, dtype=b.dtype) for n, b in model.named_buffers()}
             for name, p in model.named_parameters():
                 state[name] = torch.empty(p.shape, dtype=p.dtype, requires_grad=training and p.requires_grad)

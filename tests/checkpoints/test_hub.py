@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import pytest
 import torch
@@ -16,13 +15,18 @@ from vitrail.checkpoints import CheckpointError, create_model, hub, load_model, 
 from vitrail.checkpoints.pretrained import choose
 from vitrail.models import create_model as random_model
 
+Ask: TypeAlias = Callable[..., dict[str, Any]]
 REPOSITORY = "someone/micro"
 MODEL = f"{REPOSITORY}/resolve/main/model.safetensors"
 ASK = """
-import sys, json
+import json, os, sys
+source, settings = sys.argv[1], json.loads(sys.argv[2])
+os.environ.pop("HF_HUB_OFFLINE", None)
+os.environ.update(settings)
 from vitrail.checkpoints import load_model
+assert "huggingface_hub" not in sys.modules
 try:
-    model = load_model(sys.argv[1], heads=4)
+    model = load_model(source, heads=4)
     print(json.dumps({"classes": model.card.classes, "provenance": model.card.provenance, "sum": float(model.norm.bias.sum())}))
 except ValueError as problem:
     print(json.dumps({"error": str(problem)}))
@@ -46,56 +50,52 @@ def host(written: Path):
         yield running
 
 
-def ask(source: str, home: Path, **environment: str) -> dict:
+@pytest.fixture
+def ask(run_python: Callable[..., str], tmp_path: Path) -> Ask:
     """load_model in a process of its own: the hub's library reads its settings when it is imported."""
-    settings = {
-        **os.environ,
-        "HF_HOME": str(home / "hf"),
-        "XDG_CACHE_HOME": str(home),
-        "HF_HUB_DISABLE_XET": "1",
-        **environment,
-    }
-    settings.pop("HF_HUB_OFFLINE", None) if "HF_HUB_OFFLINE" not in environment else None
-    done = subprocess.run([sys.executable, "-c", ASK, source], env=settings, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+
+    def asked(source: str, **environment: str) -> dict[str, Any]:
+        home = {"HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        return json.loads(run_python(ASK, source, json.dumps({**home, **environment})).splitlines()[-1])
+
+    return asked
 
 
 def gets(host: Host, path: str) -> list[str]:
     return [asked for method, name, asked in host.asked if method == "GET" and name.endswith(path)]
 
 
-def test_a_repository_of_a_mirror_is_fetched_once_and_then_needs_no_network(host: Host, tmp_path: Path) -> None:
+def test_a_repository_of_a_mirror_is_fetched_once_and_then_needs_no_network(host: Host, ask: Ask) -> None:
     host.cut.add(MODEL)
-    first = ask(REPOSITORY, tmp_path, HF_ENDPOINT=host.url)
+    first = ask(REPOSITORY, HF_ENDPOINT=host.url)
     assert "error" not in first, first
     assert any("hub someone/micro@aaaaaaaaaaaa" in line for line in first["provenance"])
     assert len(gets(host, "model.safetensors")) == 2  # it was cut; the hub's library goes on in steps of 10 MB
     host.asked.clear()
-    again = ask(f"hf-hub:{REPOSITORY}", tmp_path, HF_ENDPOINT=host.url, HF_HUB_OFFLINE="1")
+    again = ask(f"hf-hub:{REPOSITORY}", HF_ENDPOINT=host.url, HF_HUB_OFFLINE="1")
     assert again["sum"] == first["sum"]
     assert not host.asked
 
 
-def test_a_wrong_hash_is_refused_and_nothing_is_kept(host: Host, tmp_path: Path) -> None:
+def test_a_wrong_hash_is_refused_and_nothing_is_kept(host: Host, ask: Ask, tmp_path: Path) -> None:
     host.wrong_hash.add(MODEL)
-    found = ask(REPOSITORY, tmp_path, HF_ENDPOINT=host.url)
+    found = ask(REPOSITORY, HF_ENDPOINT=host.url)
     assert "published is 0000000000000000" in found["error"]
     assert not [path for path in (tmp_path / "hf").rglob("*.safetensors") if path.exists()]
 
 
 @pytest.mark.parametrize("way", ["offline", "nobody answers"])
-def test_without_a_network_one_error_names_the_way_by_hand(way: str, tmp_path: Path) -> None:
+def test_without_a_network_one_error_names_the_way_by_hand(way: str, ask: Ask) -> None:
     environment = {"HF_HUB_OFFLINE": "1"} if way == "offline" else {}
-    message = ask(REPOSITORY, tmp_path, HF_ENDPOINT="http://127.0.0.1:9", **environment)["error"]
+    message = ask(REPOSITORY, HF_ENDPOINT="http://127.0.0.1:9", **environment)["error"]
     assert "someone/micro: not in the local cache, and the hub could not be asked" in message
     assert "By hand: download model.safetensors and config.json from http://127.0.0.1:9/someone/micro/tree/main" in message
     assert "\n" not in message
 
 
-def test_a_repository_without_weights(host: Host, tmp_path: Path) -> None:
+def test_a_repository_without_weights(host: Host, ask: Ask) -> None:
     del host.files[MODEL]
-    assert "holds no weights that are read here" in ask(REPOSITORY, tmp_path, HF_ENDPOINT=host.url)["error"]
+    assert "holds no weights that are read here" in ask(REPOSITORY, HF_ENDPOINT=host.url)["error"]
 
 
 @pytest.fixture

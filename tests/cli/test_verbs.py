@@ -187,13 +187,13 @@ from vitrail.cli import main
 main(["models", "vit_micro", "--json"])
 print("torch" in sys.modules)
 """
-    first, second = run_python(code, fresh=True), run_python(code, fresh=True)
+    first, second = run_python(code), run_python(code, fresh=True)
     assert first.endswith("True\n")
     assert second.endswith("False\n")
     assert first.removesuffix("True\n") == second.removesuffix("False\n")
     kept = json.loads(cache.read_text())
     cache.write_text(json.dumps({**kept, "digest": "of other code"}))
-    assert run_python(code, fresh=True) == first
+    assert run_python(code) == first
 
 
 def test_models_show_prints_the_parts(capsys: pytest.CaptureFixture[str], cache: Path) -> None:

@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Mapping
 
 _COUNT = """
-import json, sys, torch
+import json, sys
 from vitrail.cost import count_flops, count_parameters
-from vitrail.models import create_model
+from vitrail.models import ShapesOnly, create_model
 
 found = {}
 for name, shape in json.loads(sys.argv[1]).items():
-    with torch.device("meta"):
+    with ShapesOnly():
         model = create_model(name)
     found[name] = count_parameters(model), count_flops(model, shape and tuple(shape)) if sys.argv[2] == "flops" else 0
 print(json.dumps(found))

@@ -9,7 +9,7 @@ from tests.models.counting import measured
 from vitrail.cost import count_parameters
 from vitrail.inference.engines import fold_batchnorm
 from vitrail.layers.attention import record_attention
-from vitrail.models import create_model
+from vitrail.models import ShapesOnly, create_model
 from vitrail.models.slowfast import NonLocal
 from vitrail.models.x3d import squeeze_width
 
@@ -33,7 +33,7 @@ def test_published_sizes_and_costs(run_python) -> None:
 
 
 def test_a_bare_first_shortcut_has_the_count_of_pytorchvideo() -> None:
-    with torch.device("meta"):
+    with ShapesOnly():
         assert count_parameters(create_model("x3d_m", plain_shortcut=True)) == 3_794_274
 
 

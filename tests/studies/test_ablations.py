@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import torch
 
 from vitrail.config import ConfigError, replace_dotted
-from vitrail.models import MODELS, build
+from vitrail.models import MODELS, ShapesOnly, build
 from vitrail.studies import distillation, positions, shapes
 
 
@@ -26,7 +25,7 @@ def rows(scores: Mapping[str, float], **columns: Mapping[str, float]) -> list[di
 
 def built(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The models that variants ask for, on pictures of 32 pixels, without storage."""
-    with torch.device("meta"):
+    with ShapesOnly():
         base = MODELS["vit_tiny_patch16_224"]
         return {name: build(replace_dotted(base, {**changes, "image_size": (32, 32)})) for name, changes in variants.items()}
 
@@ -72,7 +71,7 @@ def test_shapes_are_judged_by_what_a_doubling_of_the_cost_gains() -> None:
 def test_distillation_builds_its_students_and_reads_the_matrix() -> None:
     config = distillation.Config(data="d", image_size=(32, 32), teachers=("resnet", "vit"))
     methods = distillation.students(config)
-    with torch.device("meta"):
+    with ShapesOnly():
         models = {
             name: build(replace_dotted(MODELS[kind["model"]], {**kind["overrides"], "image_size": (32, 32)}))
             for name, kind in methods.items()

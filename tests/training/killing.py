@@ -1,6 +1,6 @@
-"""Run by test_kill.py in a process of its own: trains the same micro run again and again, each time killed elsewhere.
+"""Called by test_kill.py in a process of its own: trains the same micro run again and again, each time killed elsewhere.
 
-Every training happens in a fork of this process, so that importing torch is paid for once. Writes a JSON report to argv[1].
+Every training happens in a fork of this process, so that importing torch is paid for once. Writes a JSON report.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.tensorboard  # by every run: once here instead of in every fork
 from safetensors.torch import load_file
 
 from vitrail.checkpoints import save_model
@@ -251,7 +252,3 @@ def main(folder: Path, report: Path) -> None:
         code, _ = forked(run, choose(events)["between micro-steps"], die, settings=settings)
         result["families"][model] = {"whole": ended, "said": output, "code": code, **resumed(run, whole, 0)}
     report.write_text(json.dumps(result, indent=1))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,24 +1,28 @@
 """A killed run goes on to bit-identical weights; signals and a full disk leave something to go on from."""
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+START = """
+import os, sys
+from pathlib import Path
+scripts, folder, report = sys.argv[1:]
+os.environ["XDG_CACHE_HOME"] = folder
+sys.path.insert(0, scripts)
+import killing
+killing.main(Path(folder), Path(report))
+"""
+
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def report(tmp_path_factory: pytest.TempPathFactory, run_python: Callable[..., str]) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("killing")
     path = folder / "report.json"
-    script = Path(__file__).with_name("killing.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder)}
-    command = [sys.executable, str(script), str(folder), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_python(START, str(Path(__file__).parent), str(folder), str(path), timeout=280)
     return json.loads(path.read_text())
 
 

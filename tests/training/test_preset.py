@@ -9,7 +9,7 @@ import torch
 from vitrail.config import RunConfig, flat, replace_dotted
 from vitrail.data import ImageDataset, open_data
 from vitrail.data.sources import Data
-from vitrail.models import MODELS, build
+from vitrail.models import MODELS, ShapesOnly, build
 from vitrail.recipes import RECIPES, digits
 from vitrail.training.preset import SIDES, choose
 
@@ -47,7 +47,7 @@ def test_every_choice_can_be_built_and_is_explained(pictures: int, size: tuple[i
     side = config.input.image_size[0]
     assert side in SIDES
     assert side <= 1.1 * max(min(size), SIDES[0])
-    with torch.device("meta"):
+    with ShapesOnly():
         model = build(replace_dotted(MODELS[config.model], {**config.overrides, "image_size": (side, side)}), config.model)
     tokens = (side // model.config.patch[0]) ** 2
     assert 36 <= tokens <= 256
@@ -131,6 +131,6 @@ def test_recipes_name_their_command(name: str) -> None:
     recipe = RECIPES[name]
     config = recipe()
     size = {} if config.input.image_size is None else {"image_size": config.input.image_size}
-    with torch.device("meta"):
+    with ShapesOnly():
         build(replace_dotted(MODELS[config.model], {**config.overrides, **size}))
     assert re.search(rf"vitrail train {config.data or '[a-z]+/'} --recipe {name}\b", recipe.__doc__ or "")

@@ -6,22 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vitrail.layers.embed import PatchEmbed, resize_patches
 from vitrail.layers.position import ClipPosition, RelativePosition, VideoPosition, resize_grid, resize_line
-from vitrail.models import Model, build
+from vitrail.models import Model, ShapesOnly, build
 
 from .mapping import CheckpointError, Report, State
-
-
-class _ShapesOnly(TorchFunctionMode):
-    """What torch.empty makes, as layers make their weights, has a shape but no memory; all else (buffers) is made as ever."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.empty:
-            kwargs = {**(kwargs or {}), "device": "meta"}
-        return func(*args, **(kwargs or {}))
 
 
 def build_for(state: State, config: Any, name: str) -> Model:
@@ -29,7 +19,7 @@ def build_for(state: State, config: Any, name: str) -> Model:
 
     Where a parameter would keep its initial value (a head that the weights lack), the model is built as ever.
     """
-    with _ShapesOnly():
+    with ShapesOnly():
         model = build(config, name)
     for key, parameter in model.named_parameters():
         if key not in state or (key.startswith("head.") and state[key].shape != parameter.shape):

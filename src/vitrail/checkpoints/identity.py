@@ -11,12 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitrail import config as settings
 from vitrail.config import ModelCard, Preprocess
-from vitrail.models import MODELS, build, family_of
+from vitrail.models import MODELS, ShapesOnly, build, family_of
 
 from .mapping import CheckpointError, State, matching
 from .sources import IMAGENET_MEAN, IMAGENET_STD, Files, Source
@@ -67,7 +66,7 @@ def is_size_of(row: Weights, config: Any, state: Mapping[str, Tensor]) -> bool:
     """Whether tensors (under our names) are those of the row's model, but for the head and the positions."""
     if row.model not in MODELS or family_of(MODELS[row.model]) != family_of(config):
         return row.model not in MODELS
-    with torch.device("meta"):
+    with ShapesOnly():
         wanted = build(MODELS[row.model]).state_dict()
     free = ("head.", "positions.")
     shapes = {key: tensor.shape for key, tensor in wanted.items() if not key.startswith(free)}

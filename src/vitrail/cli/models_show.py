@@ -28,14 +28,14 @@ class Arguments:
 def run(words: Sequence[str]) -> None:
     """Print the page."""
     arguments = parse(Arguments, words, prog="vitrail models show", examples=EXAMPLES)
-    import torch
+    from torch import nn
 
     from vitrail import cost
     from vitrail.cli import show
     from vitrail.cli.models import Catalogue, fields
-    from vitrail.models import create_model
+    from vitrail.models import ShapesOnly, create_model
 
-    with torch.device("meta"):
+    with ShapesOnly():
         model = create_model(arguments.name, image_size=arguments.image_size)
     parameters, flops = cost.count_parameters(model), cost.flops_by_part(model)
     total = sum(flops.values())
@@ -43,7 +43,7 @@ def run(words: Sequence[str]) -> None:
         (name, type(part).__name__ if len(part_list) == 1 else f"{len(part_list)} x {type(part_list[0]).__name__}",
          round(cost.count_parameters(part) / 1e6, 3), round(flops.get(name, 0) / 2e9, 3))
         for name, part in model.named_children()
-        for part_list in [list(part) if isinstance(part, (torch.nn.ModuleList, torch.nn.Sequential)) and len(part) else [part]]
+        for part_list in [list(part) if isinstance(part, (nn.ModuleList, nn.Sequential)) and len(part) else [part]]
     ]  # fmt: skip
     summary = {
         "model": arguments.name,

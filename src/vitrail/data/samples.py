@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from vitrail.config import ConfigError
 from vitrail.data.footage import media_size
-from vitrail.data.stores import Store
+from vitrail.data.stores import Store, text_array
 
 BadPolicy = Literal["skip", "refuse"]
 
@@ -85,7 +85,7 @@ class ImageDataset:
         self.bad = BadFiles(bad_files, self.noun)
         self.pixels: dict[Any, Any] = {}  # decoded pictures of a small set, kept by the loaders; never pickled
         self._sizes: dict[int, np.ndarray] = {}
-        self._names = names if isinstance(names, pa.Array) else pa.array(names, pa.string())
+        self._names = names if isinstance(names, pa.Array) else text_array(names)
         if len(self.targets) != len(self.rows):
             raise ValueError(f"{len(self.rows)} samples but {len(self.targets)} targets")
 

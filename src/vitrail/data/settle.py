@@ -14,6 +14,7 @@ from vitrail.config import ConfigError, DataConfig
 from vitrail.data.listing import Listing, sort_classes
 from vitrail.data.samples import Data, DataError, ImageDataset, count
 from vitrail.data.splits import choose_splits, content_numbers, cut_validation, nested_subset, reseeded
+from vitrail.data.stores import text_array
 
 UNLABELLED = "(no label)"
 
@@ -51,7 +52,7 @@ def settle(listing: Listing, config: DataConfig, name: str, wanted: Sequence[str
         notes.append(f"training on {len(kept):,} of {len(train):,} samples (max_samples {config.max_samples})")
         places["train"] = kept
 
-    names = pa.array(listing.names, pa.string())
+    names = text_array(listing.names)
 
     def dataset(rows: np.ndarray | None) -> ImageDataset | None:
         return _dataset(rows, listing, names, targets, classes, multi_label, config)

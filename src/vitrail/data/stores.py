@@ -86,12 +86,23 @@ class Store:
         return ()
 
 
+def text_array(texts: Sequence[str]) -> pa.LargeStringArray:
+    """Texts in one buffer: there are no reference counts to copy into forked workers.
+
+    Made from its buffers because pa.array imports pandas where that is installed, which takes half a second.
+    """
+    encoded = [text.encode() for text in texts]
+    ends = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum([len(text) for text in encoded], out=ends[1:])
+    return pa.LargeStringArray.from_buffers(len(encoded), pa.py_buffer(ends), pa.py_buffer(b"".join(encoded)))
+
+
 class PathStore(Store):
     """Files of a file system: paths relative to `root` (absolute ones stay absolute). Reading returns the path."""
 
     def __init__(self, root: str | Path, paths: Sequence[str]) -> None:
         self.root = str(root)
-        self.paths = pa.array(paths, pa.string())  # one buffer: no reference counts to copy into forked workers
+        self.paths = text_array(paths)
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -58,7 +60,9 @@ class ContinuousBias(nn.Module):
     def forward(self) -> Float[Tensor, "k n n"]:
         """The bias of all pairs of a window's n tokens, queries first; computed in the weights' precision also in autocast."""
         n = self.window[0] * self.window[1]
-        with torch.autocast(self.coordinates.device.type, enabled=False):
+        device = self.coordinates.device.type
+        known = torch.amp.is_autocast_available(device)  # not on "meta", where FLOPs are counted
+        with torch.autocast(device, enabled=False) if known else nullcontext():
             table = 16 * torch.sigmoid(self.fc2(F.relu(self.fc1(self.coordinates.to(self.fc1.weight.dtype)))))
         return F.embedding(self.offsets, table).view(n, n, -1).permute(2, 0, 1).contiguous()
 

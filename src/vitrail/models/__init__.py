@@ -12,6 +12,7 @@ from typing import Any
 from . import bit, cvt, deit, hybrid, mvit, resnet, slowfast, swin, timesformer, vit, vivit, x3d
 from .backbone import Segmenter, as_backbone
 from .base import Model
+from .shapes import ShapesOnly
 
 FAMILIES: dict[str, ModuleType] = {
     "vit": vit, "deit": deit, "resnet": resnet, "bit": bit, "hybrid": hybrid, "cvt": cvt, "swin": swin, "mvit": mvit,
@@ -19,7 +20,10 @@ FAMILIES: dict[str, ModuleType] = {
 }  # fmt: skip
 MODELS: dict[str, Any] = {name: config for family in FAMILIES.values() for name, config in family.VARIANTS.items()}
 
-__all__ = ["FAMILIES", "MODELS", "Model", "Segmenter", "as_backbone", "build", "create_model", "family_of", "list_models"]
+__all__ = [
+    "FAMILIES", "MODELS", "Model", "Segmenter", "ShapesOnly", "as_backbone", "build", "create_model", "family_of",
+    "list_models",
+]  # fmt: skip
 
 
 def list_models(pattern: str = "*") -> list[str]:

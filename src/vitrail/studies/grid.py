@@ -18,14 +18,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
-
 from vitrail.checkpoints.io import read_json, write_text
 from vitrail.config import ConfigError, RunConfig, replace_dotted, replace_flat, to_dict, unknown
 from vitrail.cost import count_flops, count_parameters
 from vitrail.data import open_data
 from vitrail.evaluation.classify import evaluate
-from vitrail.models import MODELS, build
+from vitrail.models import MODELS, ShapesOnly, build
 from vitrail.training.loop import train
 from vitrail.training.teacher import find
 
@@ -180,7 +178,7 @@ def _steps_within(budget_flops: float, config: RunConfig, classes: int) -> tuple
         changes["in_channels"] = config.input.channels
     if config.input.frames is not None:
         changes["frames"] = config.input.frames
-    with torch.device("meta"):
+    with ShapesOnly():
         model = build(replace_dotted(MODELS[config.model.partition(".")[0]], changes))
     step = (TRAINING * count_flops(model) + _teacher_flops(config)) * config.batch_size
     if budget_flops and budget_flops < step:
