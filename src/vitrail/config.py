@@ -226,12 +226,14 @@ class SelfSupervisionConfig:
 class OptimConfig:
     """The optimiser and its regularisation."""
 
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"  # adamw decays weights apart from the gradient, adam with it
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """adamw decays weights apart from the gradient, adam with it; muon makes the steps of hidden layers orthogonal, and is
+    adamw for the rest."""
     lr: float = 1e-3  # peak learning rate
     lr_batch: int = 0  # batch size that lr is meant for; it is scaled linearly to the run's, 0 = as it is
     weight_decay: float = 0.05  # not applied to biases, norms, tokens and positions
-    beta1: float = 0.9  # of adam and adamw
-    beta2: float = 0.999  # of adam and adamw
+    beta1: float = 0.9  # of adam, adamw and muon
+    beta2: float = 0.999  # of adam, adamw and muon
     momentum: float = 0.9  # of sgd
     nesterov: bool = False  # of sgd
     clip_norm: float = 1.0  # global gradient norm, 0 = off

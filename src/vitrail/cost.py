@@ -35,7 +35,7 @@ from vitrail.models.pretext import Pretext
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAST_BF16 = 1.5  # bf16 counts as fast where its matrix products run at this multiple of float32's
-STATES = {"adamw": 2, "adam": 2, "sgd": 1}  # tensors of the size of the weights that an optimiser keeps
+STATES = {"adamw": 2, "adam": 2, "sgd": 1, "muon": 1}  # tensors of the size of (nearly all) weights that an optimiser keeps
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from vitrail.config import OptimConfig, ScheduleConfig
-from vitrail.models import create_model
+from vitrail.models import Model, create_model
 from vitrail.training import optim, schedule
+from vitrail.training.muon import orthogonal
 
 CPU = torch.device("cpu")
 
@@ -89,19 +90,94 @@ def test_gradient_norm_is_global() -> None:
     assert optim.gradient_norm([a, b, c]).item() == pytest.approx(5.0)
 
 
-def test_optimiser_state_survives_being_flattened() -> None:
-    model = create_model("vit_micro_patch4_16")
-    first = optim.build_optimizer(model, OptimConfig(layer_decay=0.9), CPU)
+def with_gradients(model: torch.nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    first.step()
-    tensors = {name: tensor.clone() for name, tensor in optim.optimizer_tensors(first).items()}
-    assert "blocks.0.attn.qkv.weight/exp_avg_sq" in tensors
-    second = optim.build_optimizer(model, OptimConfig(layer_decay=0.9), CPU)
-    optim.restore_optimizer(second, tensors)
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_optimiser_state_survives_being_flattened(name: str) -> None:
+    config = OptimConfig(name, layer_decay=0.9)  # type: ignore[arg-type]
+    model = create_model("vit_micro_patch4_16")
+    first = optim.build_optimizer(model, config, CPU)
+    for seed in range(2):
+        with_gradients(model, seed)
+        first.step()
+    twin = copy.deepcopy(model)
+    second = optim.build_optimizer(twin, config, CPU)
+    optim.restore_optimizer(second, {name: tensor.clone() for name, tensor in optim.optimizer_tensors(first).items()})
     again = optim.optimizer_tensors(second)
-    assert set(again) == set(tensors)
-    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    assert all(torch.equal(again[name], tensor) for name, tensor in optim.optimizer_tensors(first).items())
+    for one, optimizer in ((model, first), (twin, second)):
+        with_gradients(one, 2)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def steps_of(model: Model, decay: float = 0.0) -> dict[str, torch.Tensor]:
+    """What Muon's first step at learning rate 1 takes from every parameter, by name."""
+    optimizer = optim.build_optimizer(model, OptimConfig("muon", lr=1.0, weight_decay=decay), CPU)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    return {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def test_muon_makes_the_steps_of_hidden_products_orthogonal() -> None:
+    model = create_model("vit_micro_patch4_16")
+    with_gradients(model, 0)
+    steps = steps_of(model)
+    hidden = {
+        name
+        for name in steps
+        if name.startswith("blocks.") and name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))
+    }
+    assert len(hidden) == 4 * model.config.depth
+    for name in hidden:
+        for part in steps[name].chunk(3 if "qkv" in name else 1):
+            values = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
+            assert 0.6 < values.min() < values.max() < 1.3, name
+    for name in set(steps) - hidden:  # AdamW's first step is the sign of the gradient
+        torch.testing.assert_close(steps[name], model.get_parameter(name).grad.sign(), atol=1e-5, rtol=0)
+
+
+def test_muon_turns_with_the_gradient() -> None:
+    """Turning the gradient's rows and columns turns the step alike: it depends on no basis, as AdamW's does."""
+    gradient = torch.randn(2, 12, 20, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (12, 20))
+    turned = orthogonal((left @ gradient @ right).float()).double()
+    torch.testing.assert_close(turned, left @ orthogonal(gradient.float()).double() @ right, atol=1e-4, rtol=0)
+
+
+def test_muon_decays_weights_apart_and_treats_kernels_as_matrices() -> None:
+    model = create_model("resnet_micro")
+    with_gradients(model, 0)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    for mine, theirs in zip(last.parameters(), model.parameters(), strict=True):
+        mine.grad = torch.empty_like(mine).copy_(theirs.grad)
+    name = next(name for name, p in model.named_parameters() if p.ndim == 4 and p.shape[2] == 3 and name.startswith("stages.1"))
+    weight = model.get_parameter(name).detach().clone()
+    plain, decayed = steps_of(copy_with_gradients(model)), steps_of(copy_with_gradients(model), 0.1)
+    torch.testing.assert_close(decayed[name], plain[name] + 0.1 * weight)
+    values = torch.linalg.svdvals(plain[name].flatten(1)) / (0.2 * max(weight.flatten(1).shape) ** 0.5)
+    assert 0.6 < values.min() < values.max() < 1.3
+    torch.testing.assert_close(steps_of(last)[name], plain[name], atol=1e-5, rtol=1e-4)
+
+
+def copy_with_gradients(model: Model) -> Model:
+    twin = copy.deepcopy(model)
+    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+        mine.grad = theirs.grad.clone()
+    return twin
+
+
+def test_muon_leaves_depthwise_kernels_and_positions_to_adamw() -> None:
+    for name in ("cvt_micro", "swin_micro", "mvitv2_micro"):
+        groups = optim.parameter_groups(create_model(name), OptimConfig("muon"))
+        chosen = [(n, p) for g in groups for n, p in zip(g["names"], g["params"], strict=True) if g["parts"]]
+        assert len(chosen) > 8
+        assert all(p.ndim > 1 and p.shape[1] > 1 for _, p in chosen)
+        assert not [n for n, _ in chosen if any(part in n for part in ("head", "table", "rel_", "token"))]
 
 
 def test_ema_warms_up_and_ends_at_its_decay() -> None:

@@ -30,7 +30,7 @@ def digits() -> RunConfig:
         overrides={
             "width": 64,
             "depth": 4,
-            "heads": 4,
+            "heads": 2,
             "mlp_dim": 256,
             "patch": [4, 4],
             "pool": "mean",
@@ -51,6 +51,6 @@ def digits() -> RunConfig:
             elastic=0.05,
         ),
         objective=ObjectiveConfig(label_smoothing=0.1),
-        optim=OptimConfig(lr=3e-3, weight_decay=0.05, ema=0.999),
-        schedule=ScheduleConfig(epochs=60, warmup_epochs=2),
+        optim=OptimConfig(optimizer="muon", lr=1e-2, weight_decay=0.05, ema=0.999),
+        schedule=ScheduleConfig(epochs=36, warmup_epochs=2),
     )

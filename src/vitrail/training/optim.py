@@ -14,6 +14,8 @@ from vitrail.config import OptimConfig
 from vitrail.models import Model
 from vitrail.models.pretext import Pretext
 
+from .muon import Muon
+
 EMA_DELAY = 10  # updates; shapes the warm-up of the decay, as in TensorFlow's ExponentialMovingAverage
 
 
@@ -23,26 +25,30 @@ def scaled_lr(config: OptimConfig, batch_size: int) -> float:
 
 
 def parameter_groups(model: Model | Pretext, config: OptimConfig) -> list[dict[str, Any]]:
-    """Groups {params, names, weight_decay, lr_scale} of all trained parameters.
+    """Groups {params, names, weight_decay, lr_scale, parts} of all trained parameters.
 
     Weight decay spares one-dimensional parameters (biases, norms, gains) and what the model names (tokens, positions).
-    lr_scale is layer_decay ** (layers between the parameter and the head).
+    lr_scale is layer_decay ** (layers between the parameter and the head). parts is not 0 for what Muon steps are for: the
+    weights of products between stem and head (of their q, k and v apart), depthwise kernels aside.
     """
     spared, layers = model.no_weight_decay(), model.layer_ids()
     last = max(layers.values())
-    groups: dict[tuple[bool, int], dict[str, Any]] = {}
+    groups: dict[tuple[bool, int, int], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decayed = parameter.ndim > 1 and name not in spared
         distance = last - layers[name] if config.layer_decay != 1 else 0
+        product = decayed and 0 < layers[name] < last and parameter.shape[1] > 1
+        parts = (3 if name.endswith("qkv.weight") else 1) if product and config.optimizer == "muon" else 0
         group = groups.setdefault(
-            (decayed, distance),
+            (decayed, distance, parts),
             {
                 "params": [],
                 "names": [],
                 "weight_decay": config.weight_decay if decayed else 0.0,
                 "lr_scale": config.layer_decay**distance,
+                "parts": parts,
             },
         )
         group["params"].append(parameter)
@@ -56,6 +62,8 @@ def build_optimizer(model: Model | Pretext, config: OptimConfig, device: torch.d
     The fused kernels of torch (one pass over memory) run on CPUs and CUDA; elsewhere torch's default is used.
     """
     groups = parameter_groups(model, config)
+    if config.optimizer == "muon":
+        return Muon(groups, config.lr, (config.beta1, config.beta2))
     fused = True if device.type in ("cpu", "cuda") else None
     if config.optimizer == "sgd":
         nesterov = config.nesterov and config.momentum > 0
