@@ -127,18 +127,16 @@ def test_muon_makes_the_steps_of_hidden_products_orthogonal() -> None:
     model = create_model("vit_micro_patch4_16")
     with_gradients(model, 0)
     steps = steps_of(model)
-    hidden = {
-        name
-        for name in steps
-        if name.startswith("blocks.") and name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))
-    }
+    products = ("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")
+    hidden = {name for name in steps if name.startswith("blocks.") and name.endswith(products)}
     assert len(hidden) == 4 * model.config.depth
     for name in hidden:
         for part in steps[name].chunk(3 if "qkv" in name else 1):
             values = torch.linalg.svdvals(part) / (0.2 * max(part.shape) ** 0.5)
-            assert 0.6 < values.min() < values.max() < 1.3, name
+            assert values.max() < 1.3, name
+            assert values.quantile(0.25) > 0.6, name  # a square matrix drawn at random has values near zero
     for name in set(steps) - hidden:  # AdamW's first step is the sign of the gradient
-        torch.testing.assert_close(steps[name], model.get_parameter(name).grad.sign(), atol=1e-5, rtol=0)
+        torch.testing.assert_close(steps[name], model.get_parameter(name).grad.sign(), atol=1e-3, rtol=0)
 
 
 def test_muon_turns_with_the_gradient() -> None:
