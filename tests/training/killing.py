@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.tensorboard  # by every run: once here instead of in every fork
+import torch.utils.tensorboard
+import torchmetrics.functional.classification  # noqa: F401  # both imported here, once, instead of in every fork
 from safetensors.torch import load_file
 
 from vitrail.checkpoints import save_model

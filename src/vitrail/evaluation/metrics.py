@@ -14,11 +14,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    binary_average_precision,
-    binary_confusion_matrix,
-    multiclass_confusion_matrix,
-)
 
 from vitrail.checkpoints.io import write_text
 from vitrail.config import unknown
@@ -197,6 +192,9 @@ def calibration_bins(
 def _single_label(
     logits: Tensor, targets: Tensor, classes: tuple[str, ...], rng: np.random.Generator, notes: tuple[str, ...]
 ) -> Report:
+    # Imported when needed: it brings torchvision and torch's compiler along, seconds that a run's start need not wait for.
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     n, k = logits.shape
     probabilities = logits.softmax(1)
     confidence, answers = probabilities.max(1)
@@ -226,6 +224,8 @@ def _single_label(
 def _multi_label(
     logits: Tensor, targets: Tensor, classes: tuple[str, ...], rng: np.random.Generator, notes: tuple[str, ...]
 ) -> Report:
+    from torchmetrics.functional.classification import binary_average_precision, binary_confusion_matrix
+
     n, k = logits.shape
     probabilities, truth = logits.sigmoid(), (targets > LABEL_THRESHOLD).long()
     given = (probabilities >= LABEL_THRESHOLD).long()
