@@ -23,7 +23,9 @@ def serve() -> None:
     import torch
     import torch._dynamo.backends.debugging
     import torch._functorch.aot_autograd
-    import torch._inductor.lowering  # which the first graph of a process imports otherwise, in two seconds
+    import torch._inductor.lowering  # this and the next two take seconds where they are first needed
+    import torch.utils.tensorboard
+    import torchmetrics.functional.classification  # noqa: F401
 
     import vitrail.checkpoints
     import vitrail.cost

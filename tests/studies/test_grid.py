@@ -18,6 +18,7 @@ from vitrail.studies.grid import Cell, Grid, steps_within
 GRIDS = """
 import csv, json, os, pathlib, signal, sys
 import torch
+import torchmetrics.functional.classification
 from vitrail.cost import Memory
 from vitrail.studies import grid
 from vitrail.training import loop, plan

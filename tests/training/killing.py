@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.utils.tensorboard
-import torchmetrics.functional.classification  # noqa: F401  # both imported here, once, instead of in every fork
 from safetensors.torch import load_file
 
 from vitrail.checkpoints import save_model
