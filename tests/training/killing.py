@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 # Families with modules of their own: what SETTINGS becomes. The teacher is made by main().
 FAMILIES: dict[str, dict[str, Any]] = {
-    "swin_micro": {"overrides": {"dropout": 0.1, "drop_path": 0.2}},
+    "swin_micro": {"overrides": {"dropout": 0.1, "drop_path": 0.2}, "optimizer": "muon"},
     "cvt_micro": {"overrides": {"dropout": 0.1, "drop_path": 0.2}},
     "deit_micro": {"teacher": "teacher", "distill": "soft", "distill_temperature": 3.0, "distill_weight": 0.3},
 }

@@ -76,7 +76,7 @@ def test_a_full_disk_costs_only_what_came_after_the_last_checkpoint(report: dict
 
 @pytest.mark.parametrize("model", ["swin_micro", "cvt_micro", "deit_micro"])
 def test_killed_in_any_family_a_run_goes_on_to_the_same_bits(report: dict[str, Any], model: str) -> None:
-    """Windows with tables of biases, batch normalisation inside attention, two heads and a teacher."""
+    """Windows with tables of biases (and Muon), batch normalisation inside attention, two heads and a teacher."""
     run = report["families"][model]
     assert run["whole"] == 0, run["said"]
     assert ("teacher  " in run["said"]) == (model == "deit_micro")
