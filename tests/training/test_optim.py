@@ -96,19 +96,22 @@ def with_gradients(model: torch.nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
-def test_optimiser_state_survives_being_flattened(name: str) -> None:
+@pytest.mark.parametrize(("name", "field"), [("adamw", "exp_avg_sq"), ("sgd", "momentum_buffer"), ("muon", "momentum")])
+def test_optimiser_state_survives_being_flattened(name: str, field: str) -> None:
     config = OptimConfig(name, layer_decay=0.9)  # type: ignore[arg-type]
     model = create_model("vit_micro_patch4_16")
     first = optim.build_optimizer(model, config, CPU)
     for seed in range(2):
         with_gradients(model, seed)
         first.step()
+    tensors = {key: tensor.clone() for key, tensor in optim.optimizer_tensors(first).items()}
+    assert f"blocks.0.attn.qkv.weight/{field}" in tensors
     twin = copy.deepcopy(model)
     second = optim.build_optimizer(twin, config, CPU)
-    optim.restore_optimizer(second, {name: tensor.clone() for name, tensor in optim.optimizer_tensors(first).items()})
+    optim.restore_optimizer(second, tensors)
     again = optim.optimizer_tensors(second)
-    assert all(torch.equal(again[name], tensor) for name, tensor in optim.optimizer_tensors(first).items())
+    assert set(again) == set(tensors)
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
     for one, optimizer in ((model, first), (twin, second)):
         with_gradients(one, 2)
         optimizer.step()
