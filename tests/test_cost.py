@@ -133,6 +133,14 @@ def test_auto_precision_follows_the_measurement(monkeypatch: pytest.MonkeyPatch,
     assert cost.pick_precision("fp16", torch.device("cpu")) == "fp16"
 
 
+def test_a_precision_that_a_cpu_emulates_is_named_with_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "matmul_peak", lambda device, precision: {"fp32": 10.0, "bf16": 2.0, "fp16": 30.0}[precision])
+    cpu = torch.device("cpu")
+    assert "emulates bf16: its matrix products take 5 times as long as" in cost.slow_precision(cpu, "bf16")
+    assert [cost.slow_precision(cpu, p) for p in ("fp32", "fp16")] == ["", ""]
+    assert cost.slow_precision(torch.device("meta"), "bf16") == ""
+
+
 def test_unknown_devices_and_precisions_name_the_valid_ones() -> None:
     with pytest.raises(ValueError, match=r"this machine has: .*cpu"):
         cost.pick_device("cuda:77")

@@ -1,25 +1,29 @@
 """Runs snippets of code in forks of one process that has already imported torch and the models, without the typing hook.
 
-Importing torch takes seconds, a fork milliseconds. Reads one JSON request a line from stdin ({"code", "arguments",
+Importing torch takes seconds, a fork milliseconds. Reads one JSON request a line from a socket ({"code", "arguments",
 "timeout", "environment"}) and answers each with one JSON line ({"code", "out", "err"}); a snippet sees `sys.argv` as after
 `python -c`, and the environment of who asks.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from pathlib import Path
 from typing import IO, Any
 
 
-def serve() -> None:
-    """Answer requests until stdin ends."""
+def serve(path: str, taken: str) -> None:
+    """Answer at a socket until all who asked have gone; then the file that says that somebody serves goes, too."""
     import torch
     import torch._dynamo.backends.debugging
     import torch._functorch.aot_autograd
@@ -32,8 +36,46 @@ def serve() -> None:
     import vitrail.models  # noqa: F401
 
     torch.set_num_threads(1)  # no pool of threads that a fork would lack
-    for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+    gc.collect()
+    gc.freeze()  # shared by all forks: no collection touches it
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{path}.new")
+        listener.listen()
+        os.rename(f"{path}.new", path)  # who finds it can connect
+        asking = {listener: None, listener.accept()[0]: None}
+        while len(asking) > 1:
+            for ready in select.select(list(asking), [], [], 1.0)[0]:
+                if ready is listener:
+                    asking[listener.accept()[0]] = None
+                elif line := read_line(ready):
+                    if os.fork() == 0:
+                        ready.sendall(json.dumps(answer(json.loads(line))).encode() + b"\n")
+                        os._exit(0)
+                else:
+                    asking.pop(ready)
+            while asking and reap():
+                pass
+        os.unlink(path)
+        os.unlink(taken)
+    gc.unfreeze()  # or extensions report at the end what was not freed
+
+
+def read_line(connection: socket.socket) -> bytes:
+    """Up to a newline; nothing when the other side has gone."""
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (more := connection.recv(2**16)):
+            return b""
+        line += more
+    return line
+
+
+def reap() -> bool:
+    """Whether a child had ended."""
+    try:
+        return os.waitpid(-1, os.WNOHANG)[0] > 0
+    except ChildProcessError:
+        return False
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -77,28 +119,47 @@ def run(request: dict[str, Any], out: IO[str], err: IO[str]) -> None:
 
 
 class Zygote:
-    """The process, started when first asked."""
+    """The process; the workers of a test session share one, started by the first of them."""
 
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
+    def __init__(self, folder: Path) -> None:
+        self.path, self.taken = folder / "zygote", folder / "zygote.taken"
+        self.process: subprocess.Popen | None = None
+        self.connection: socket.socket | None = None
 
     def ask(self, code: str, arguments: tuple[str, ...], timeout: float) -> dict[str, Any]:
         """{"code", "out", "err"} of a snippet."""
-        if self.process is None:
-            command = [sys.executable, "-c", "from tests.zygote import serve; serve()"]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
+        if self.connection is None:
+            self.connection = self.connect()
         request = {"code": code, "arguments": arguments, "timeout": timeout, "environment": dict(os.environ)}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        self.connection.sendall(json.dumps(request).encode() + b"\n")
+        return json.loads(read_line(self.connection))
+
+    def start(self) -> None:
+        """Start the process where nobody has; it takes seconds until it answers."""
+        try:
+            self.taken.touch(exist_ok=False)
+        except FileExistsError:
+            return
+        command = [sys.executable, "-c", f"from tests.zygote import serve; serve({str(self.path)!r}, {str(self.taken)!r})"]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+    def connect(self) -> socket.socket:
+        """Wait for the process."""
+        connection = socket.socket(socket.AF_UNIX)
+        for _ in range(2400):
+            self.start()
+            try:
+                connection.connect(str(self.path))
+                return connection
+            except (FileNotFoundError, ConnectionRefusedError):
+                time.sleep(0.05)
+        raise TimeoutError("the process that runs snippets does not answer")
 
     def close(self) -> None:
-        """End it."""
+        """Leave; the process ends when nobody is left."""
+        if self.connection is None and self.process is not None:  # started for tests that were not reached
+            self.connection = self.connect()
+        if self.connection is not None:
+            self.connection.close()
         if self.process is not None:
-            assert self.process.stdin is not None
-            assert self.process.stdout is not None
-            self.process.stdin.close()
-            self.process.stdout.close()
             self.process.wait()

@@ -72,6 +72,16 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
+def slow_precision(device: torch.device, precision: str) -> str:
+    """What to know of a precision that a CPU emulates, slower than fp32; else nothing."""
+    if device.type != "cpu" or precision == "fp32":
+        return ""
+    slower = matmul_peak(device, "fp32") / matmul_peak(device, precision)
+    if slower < 1:
+        return ""
+    return f"this CPU emulates {precision}: its matrix products take {slower:.2g} times as long as those of --precision fp32"
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """A context that computes in `precision`; weights stay float32."""
     if precision == "fp32":

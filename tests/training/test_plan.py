@@ -71,6 +71,12 @@ def test_too_little_memory_is_said_with_a_way_out(job: Callable[..., Job], monke
     assert "only 1 MiB are free: --accumulate 2" in text(*make_plan(made).lines)["memory"]
 
 
+def test_an_emulated_precision_is_a_note(job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "matmul_peak", lambda device, precision: 1e9 if precision == "bf16" else 4e9)
+    assert "take 4 times as long as those of --precision fp32" in text(*make_plan(job(precision="bf16")).lines)["note"]
+    assert not any("emulates" in line for line in make_plan(job()).lines)
+
+
 def test_utilisation_is_three_forward_passes_against_the_peak() -> None:
     made = Plan((), flops=1_000_000, memory=cost.Memory(0, 0, 0, 0, 0), peak=1e9)
     assert made.utilisation(100.0) == pytest.approx(0.3)

@@ -84,6 +84,8 @@ def measure(arguments: Arguments) -> dict[str, dict[str, Any]]:
             "measured peak (TFLOP/s)": peak / 1e12,
         },
     }
+    if slow := cost.slow_precision(device, precision):
+        result["Machine"]["note"] = slow
     runner = torch.compile(model) if arguments.compile else model
     inputs = torch.randn(arguments.batch_size, *shape, device=device)
 

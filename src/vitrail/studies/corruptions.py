@@ -35,7 +35,7 @@ def corrupt(images: Batch, name: str, level: int, first: int = 0) -> Batch:
     return CORRUPTIONS[name](images, level, torch.Generator().manual_seed(seed))
 
 
-def _at(values: tuple[float, ...], level: int) -> float:
+def _at(values: tuple[float | int, ...], level: int) -> float | int:
     return values[level - 1]
 
 

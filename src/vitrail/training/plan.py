@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vitrail.cost import Memory, autocast, count_flops, count_parameters, forecast_memory, matmul_peak, synchronise
+from vitrail.cost import (
+    Memory,
+    autocast,
+    count_flops,
+    count_parameters,
+    forecast_memory,
+    matmul_peak,
+    slow_precision,
+    synchronise,
+)
 from vitrail.data import Batch, Data, ImageDataset
 from vitrail.models.deit import DeiT
 from vitrail.models.pretext import Pretext
@@ -144,7 +153,7 @@ def make_plan(job: Job) -> Plan:
         rows["teacher"] = _describe_teacher(job, job.inputs.teacher)
     if job.progressive.sizes:
         rows["sizes"] = str(job.progressive)
-    notes = [("note", note) for note in job.notes]
+    notes = [("note", note) for note in (*job.notes, slow_precision(job.ranks.device, c.precision)) if note]
     return Plan(tuple(_row(name, text) for name, text in [*rows.items(), *notes]), flops, memory, peak)
 
 

@@ -86,7 +86,10 @@ class TrainState:
 def reseed(seed: int, micro_step: int, rank: int = 0) -> int:
     """Seed torch on all devices for one micro-step, and return the number used."""
     number = int(np.random.SeedSequence((seed, micro_step, rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    torch.manual_seed(number)
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:  # the same, without noting for every device that there might be from where it was called: half a millisecond
+        torch.default_generator.manual_seed(number)
     return number
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.config import ConfigError, DataConfig, unknown
-from vitrail.data.embedded.motion import read_motion
+from vitrail.data.embedded.motion import cut_out, read_motion
 from vitrail.data.listing import Listing
 from vitrail.data.stores import TensorStore
 
@@ -45,9 +46,7 @@ def read_embedded(name: str, config: DataConfig) -> Listing:
         if value:
             raise ConfigError(f"{setting}: {value!r} was given, but {name} has no such choice")
     if name == "motion":
-        with open(_FOLDER / "emoji" / "emoji32.csv", encoding="utf-8", newline="") as file:
-            number = sum(1 for _ in csv.DictReader(file))
-        return read_motion(_cells(_FOLDER / "emoji" / "emoji32.webp", 32, number))
+        return read_motion(_cut_out_emoji())
     images = _cells(_FOLDER / "digits" / "digits.png", 20, 5000)
     names, labels, splits = [], [], []
     for digit in range(10):
@@ -62,12 +61,11 @@ def _emoji(config: DataConfig) -> Listing:
     kind = config.labels or "category"
     if kind not in EMOJI_LABELS:
         raise unknown("kind of emoji labels", kind, EMOJI_LABELS)
-    with open(_FOLDER / "emoji" / "emoji32.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = _emoji_rows()
     designers = sorted({row["vendor"] for row in rows})
     if config.hold_out and config.hold_out not in designers:
         raise unknown("emoji designer", config.hold_out, designers)
-    images = _cells(_FOLDER / "emoji" / "emoji32.webp", 32, len(rows))
+    images = _emoji_cells(len(rows))
     drawn_by = defaultdict(set)
     for row in rows:
         drawn_by[row["codepoints"]].add(row["vendor"])
@@ -83,6 +81,21 @@ def _emoji(config: DataConfig) -> Listing:
         splits=splits,
         notes=(f"labels: {kind}; designers: {', '.join(designers)}",),
     )
+
+
+def _emoji_rows() -> list[dict[str, str]]:
+    with open(_FOLDER / "emoji" / "emoji32.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@cache  # a third of a second, and studies open a set for every run
+def _emoji_cells(number: int) -> Tensor:
+    return _cells(_FOLDER / "emoji" / "emoji32.webp", 32, number)
+
+
+@cache
+def _cut_out_emoji() -> Tensor:
+    return cut_out(_emoji_cells(len(_emoji_rows())))
 
 
 def _cells(path: Path, side: int, number: int) -> Tensor:

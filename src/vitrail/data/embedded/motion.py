@@ -158,9 +158,9 @@ class MotionStore(Store):
 
     video = True
 
-    def __init__(self, sheet: UInt8[Tensor, "n 3 s s"]) -> None:
-        self.drawings = cut_out(sheet)
-        numbers = np.arange(len(sheet))
+    def __init__(self, drawings: UInt8[Tensor, "n 4 s s"]) -> None:
+        self.drawings = drawings
+        numbers = np.arange(len(drawings))
         tested = numbers % TEST_DRAWINGS == 0
         self.numbers = {"train": numbers[~tested], "test": numbers[tested]}
 
@@ -180,9 +180,9 @@ class MotionStore(Store):
         return digest(row)
 
 
-def read_motion(sheet: UInt8[Tensor, "n 3 s s"]) -> Listing:
-    """List the clips; `left` and `turn left` change when a clip is mirrored."""
-    store = MotionStore(sheet)
+def read_motion(drawings: UInt8[Tensor, "n 4 s s"]) -> Listing:
+    """List the clips, of drawings as `cut_out` makes them; `left` and `turn left` change when a clip is mirrored."""
+    store = MotionStore(drawings)
     motions = [MOTIONS[row % len(MOTIONS)] for row in range(len(store))]
     return Listing(
         store,
