@@ -5,7 +5,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PYTHONDONTWRITEBYTECODE :=  # byte code is kept, or every process of the test suite would compile the package again
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -n 2
+# glibc: memory that was given back is used again, instead of being mapped and cleared anew for every large tensor.
+KEPT_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000
+PYTEST := $(ONE_THREAD) $(KEPT_MEMORY) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-peers check format bench docs clean

@@ -55,7 +55,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if missing and any("peers" in item.keywords for item in session.items):
         raise pytest.UsageError(f"the tests marked peers need {' and '.join(missing)}: pip install -e '.[peers]'")
     gc.collect()
-    gc.freeze()  # what the modules hold stays: no collection looks at it again
+    gc.freeze()  # what the modules hold stays: no collection looks at it again, and the others are rarer
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:

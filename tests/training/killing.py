@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "accumulate": 2, "steps": 14, "ema": 0.9, "mixup": 0.4, "cutmix": 0.5, "label_smoothing": 0.1, "save_every_steps": 3,
     "keep_last": 2, "precision": "fp32", "device": "cpu", "layer_decay": 0.9, "affine_degrees": 10.0, "val_fraction": 0.25,
 }  # fmt: skip
-# Families with modules of their own: what SETTINGS becomes. The teacher is made by main().
+# Families with modules of their own: what SETTINGS becomes (and 8 steps, two epochs). The teacher is made by main().
 FAMILIES: dict[str, dict[str, Any]] = {
     "swin_micro": {"overrides": {"dropout": 0.1, "drop_path": 0.2}, "optimizer": "muon"},
     "cvt_micro": {"overrides": {"dropout": 0.1, "drop_path": 0.2}},
@@ -242,7 +242,7 @@ def main(folder: Path, report: Path) -> None:
     save_model(teacher, folder / "teacher")
     result["families"] = {}
     for model, changes in FAMILIES.items():
-        settings = {**SETTINGS, "model": model, **changes}
+        settings = {**SETTINGS, "steps": 8, "model": model, **changes}
         if "teacher" in changes:
             settings["teacher"] = str(folder / "teacher")
         whole, run = folder / model, folder / f"{model}-killed"
