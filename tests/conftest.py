@@ -27,13 +27,10 @@ if os.environ.get("VITRAIL_TYPECHECK", "1") != "0":
     install_import_hook([".".join(path.relative_to(SOURCES).with_suffix("").parts) for path in SHAPED], "beartype.beartype")
 
 import numpy as np
-import torch
 from PIL import Image
 from tests import proofs
 from tests.peers import pairs
 from tests.zygote import Zygote
-
-torch.set_num_threads(1)
 
 PEERS = ("timm", "transformers", "pytorchvideo")
 COLOURS = {"blue": (40, 60, 200), "green": (60, 170, 70), "red": (210, 50, 40)}
@@ -41,6 +38,9 @@ COLOURS = {"blue": (40, 60, 200), "green": (60, 170, 70), "red": (210, 50, 40)}
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip by name what this machine cannot run; peers are never skipped, they must be there when asked for."""
+    import torch  # not by the process that only hands tests to workers
+
+    torch.set_num_threads(1)
     compiler = shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++"))
     for item in items:
         if "compiler" in item.keywords and compiler is None:

@@ -7,35 +7,17 @@ import json
 import math
 import re
 import zlib
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
+from tests.cases import FOLDER, manifest, original, versions
 
-FOLDER = Path(__file__).parent / "oracles"
+__all__ = ["manifest", "original", "versions"]  # and all of this module
 _TOKENS = re.compile(r"token|pos_embed|position_embedding|pos_embedding|time_embed|class_pos|spatial_pos|temporal_pos")
 _AS_BUILT = ("relative_position_index", "attn_mask", "relative_coords_table")
-
-
-@cache
-def manifest() -> dict[str, dict[str, Any]]:
-    """All cases of the independent implementations by id."""
-    cases = json.loads((FOLDER / "manifest.json").read_text())["cases"]
-    return {case["id"]: case for case in sorted(cases, key=lambda case: case["id"])}
-
-
-def versions() -> dict[str, str]:
-    """The implementations that made the outputs, and their versions."""
-    return json.loads((FOLDER / "manifest.json").read_text())["versions"]
-
-
-@cache
-def original(case_id: str) -> dict[str, Any]:
-    """A case of the authors' own code."""
-    return json.loads((FOLDER / "original" / f"{case_id}.json").read_text())
 
 
 def normals(name: str, shape: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from tests import golden
+from tests.cases import FOLDER, manifest
 
 _PROPERTY = "golden"
 _KINDS = {"timm": "timm", "tv": "torchvision", "hf": "transformers", "ptv": "pytorchvideo", "resample": "timm"}
@@ -49,10 +49,10 @@ def record(record_property: Callable[[str, Any], None], case_id: str, error: flo
 def known() -> dict[str, tuple[str, str]]:
     """{case: (family, implementation)} of everything in the folder of golden cases."""
     found = {}
-    for case_id, case in golden.manifest().items():
+    for case_id, case in manifest().items():
         family = "resample_swin" if case_id.startswith("resample_swin") else case["family"]
         found[case_id] = _FAMILIES[family], _KINDS[case_id.split("_")[0]]
-    for path in sorted((golden.FOLDER / "original").glob("*.json")):
+    for path in sorted((FOLDER / "original").glob("*.json")):
         found[path.stem] = next(v for k, v in _AUTHORS.items() if path.stem.startswith(k)), "the authors"
     return found
 

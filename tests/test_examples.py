@@ -34,7 +34,10 @@ def test_drawn_shapes_then_look_inside(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_vit_or_cnn_compares_both(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    example("vit_or_cnn").main(str(picture_folder), minutes=0.01, image_size=16, out=tmp_path / "runs")
+    compared = example("vit_or_cnn")
+    assert compared.CONTENDERS["resnet"] == {"model": "resnet18"}
+    compared.CONTENDERS["resnet"] = {"model": "resnet_micro"}
+    compared.main(str(picture_folder), minutes=0.01, image_size=16, out=tmp_path / "runs")
     said = capsys.readouterr().out
     assert "vit      seed 0" in said
     assert "resnet   seed 0" in said

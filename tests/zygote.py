@@ -41,6 +41,7 @@ def serve(path: str, taken: str) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{path}.new")
         listener.listen()
+        listener.settimeout(600)  # for the first: nobody comes where the session was killed
         os.rename(f"{path}.new", path)  # who finds it can connect
         asking = {listener: None, listener.accept()[0]: None}
         while len(asking) > 1:
@@ -136,6 +137,8 @@ class Zygote:
 
     def start(self) -> None:
         """Start the process where nobody has; it takes seconds until it answers."""
+        if self.process is not None and self.process.poll() is None:
+            return
         try:
             self.taken.touch(exist_ok=False)
         except FileExistsError:
@@ -145,20 +148,28 @@ class Zygote:
 
     def connect(self) -> socket.socket:
         """Wait for the process."""
-        connection = socket.socket(socket.AF_UNIX)
         for _ in range(2400):
             self.start()
-            try:
-                connection.connect(str(self.path))
+            if connection := self.try_to_connect():
                 return connection
-            except (FileNotFoundError, ConnectionRefusedError):
-                time.sleep(0.05)
+            time.sleep(0.05)
         raise TimeoutError("the process that runs snippets does not answer")
 
+    def try_to_connect(self) -> socket.socket | None:
+        """None while nobody serves."""
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(str(self.path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            connection.close()
+            return None
+        return connection
+
     def close(self) -> None:
-        """Leave; the process ends when nobody is left."""
-        if self.connection is None and self.process is not None:  # started for tests that were not reached
-            self.connection = self.connect()
+        """Leave; the process ends when nobody is left, but not before somebody was there."""
+        while self.connection is None and self.process is not None and self.process.poll() is None:
+            time.sleep(0.05)
+            self.connection = self.try_to_connect()
         if self.connection is not None:
             self.connection.close()
         if self.process is not None:
