@@ -20,8 +20,8 @@ import pytest
 if os.environ.get("VITRAIL_TYPECHECK", "1") != "0":
     from jaxtyping import install_import_hook
 
-    # The modules that state shapes: elsewhere mypy has checked the types already, and a check at every call of every small
-    # function takes a tenth of the test run.
+    # The modules that state shapes: elsewhere mypy has checked the types already, and checking every small function at every
+    # call, too, took 18 % of the time of the tests that were measured.
     SOURCES = Path(__file__).parents[1] / "src"
     SHAPED = [path for path in SOURCES.rglob("*.py") if "from jaxtyping import" in path.read_text("utf-8")]
     install_import_hook([".".join(path.relative_to(SOURCES).with_suffix("").parts) for path in SHAPED], "beartype.beartype")

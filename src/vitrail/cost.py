@@ -77,7 +77,7 @@ def slow_precision(device: torch.device, precision: str) -> str:
     if device.type != "cpu" or precision == "fp32":
         return ""
     slower = matmul_peak(device, "fp32") / matmul_peak(device, precision)
-    if slower < 1:
+    if slower < 1.1:
         return ""
     return f"this CPU emulates {precision}: its matrix products take {slower:.2g} times as long as those of --precision fp32"
 
