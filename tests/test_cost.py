@@ -126,6 +126,18 @@ def test_a_broken_or_unwritable_cache_only_costs_time(tmp_path: Path, monkeypatc
     cost._peaks.cache_clear()
 
 
+def test_the_peak_is_that_of_products_with_weights_as_linear_layers_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    strides: list[tuple[int, ...]] = []
+
+    def seconds(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
+        strides.append(b.stride())
+        return 1.0
+
+    monkeypatch.setattr(cost, "_seconds_of_product", seconds)
+    assert cost._measure_peak(torch.device("cpu"), torch.bfloat16) == 2 * 256**3
+    assert set(strides) == {(1, 256)}
+
+
 @pytest.mark.parametrize(("ratio", "wanted"), [(4.0, "bf16"), (1.1, "fp32")])
 def test_auto_precision_follows_the_measurement(monkeypatch: pytest.MonkeyPatch, ratio: float, wanted: str) -> None:
     monkeypatch.setattr(cost, "matmul_peak", lambda device, precision: ratio if precision == "bf16" else 1.0)
