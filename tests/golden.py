@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file
 from tests.cases import FOLDER, manifest, original, versions
 
-__all__ = ["manifest", "original", "versions"]  # and all of this module
+__all__ = ["manifest", "original", "versions"]  # of tests.cases, and all that is here
 _TOKENS = re.compile(r"token|pos_embed|position_embedding|pos_embedding|time_embed|class_pos|spatial_pos|temporal_pos")
 _AS_BUILT = ("relative_position_index", "attn_mask", "relative_coords_table")
 

@@ -43,18 +43,18 @@ def serve(path: str, taken: str) -> None:
         listener.listen()
         listener.settimeout(600)  # for the first: nobody comes where the session was killed
         os.rename(f"{path}.new", path)  # who finds it can connect
-        asking = {listener: None, listener.accept()[0]: None}
-        while len(asking) > 1:
-            for ready in select.select(list(asking), [], [], 1.0)[0]:
+        asking = [listener.accept()[0]]
+        while asking:
+            for ready in select.select([listener, *asking], [], [], 1.0)[0]:
                 if ready is listener:
-                    asking[listener.accept()[0]] = None
+                    asking.append(listener.accept()[0])
                 elif line := read_line(ready):
                     if os.fork() == 0:
                         ready.sendall(json.dumps(answer(json.loads(line))).encode() + b"\n")
                         os._exit(0)
                 else:
-                    asking.pop(ready)
-            while asking and reap():
+                    asking.remove(ready)
+            while reap():
                 pass
         os.unlink(path)
         os.unlink(taken)

@@ -65,7 +65,7 @@ def _emoji(config: DataConfig) -> Listing:
     designers = sorted({row["vendor"] for row in rows})
     if config.hold_out and config.hold_out not in designers:
         raise unknown("emoji designer", config.hold_out, designers)
-    images = _emoji_cells(len(rows))
+    images = _emoji_cells()
     drawn_by = defaultdict(set)
     for row in rows:
         drawn_by[row["codepoints"]].add(row["vendor"])
@@ -89,13 +89,13 @@ def _emoji_rows() -> list[dict[str, str]]:
 
 
 @cache  # a third of a second, and studies open a set for every run
-def _emoji_cells(number: int) -> Tensor:
-    return _cells(_FOLDER / "emoji" / "emoji32.webp", 32, number)
+def _emoji_cells() -> Tensor:
+    return _cells(_FOLDER / "emoji" / "emoji32.webp", 32, len(_emoji_rows()))
 
 
 @cache
 def _cut_out_emoji() -> Tensor:
-    return cut_out(_emoji_cells(len(_emoji_rows())))
+    return cut_out(_emoji_cells())
 
 
 def _cells(path: Path, side: int, number: int) -> Tensor:
