@@ -102,6 +102,7 @@ def test_bottlenecks_are_named_with_a_way_out() -> None:
     clock.spent = {"stepping": 10.0, "waiting": 0.0, "evaluating": 1.0, "saving": 0.5}
     assert bottleneck(clock, 0.1, 2) == ""
     assert bottleneck(clock, 0.37, 2) == "waiting for data 37%: more --workers, or `vitrail data pack`"
+    assert bottleneck(clock, 0.37, 2, packable=False) == "waiting for data 37%: more --workers"
     assert "--workers 2 or more" in bottleneck(clock, 0.37, 0)
     clock.spent["evaluating"] = 5.0
     assert "larger --eval-every" in bottleneck(clock, 0.1, 2)

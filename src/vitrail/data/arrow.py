@@ -15,6 +15,7 @@ from vitrail.data.samples import DataError
 from vitrail.data.stores import ColumnStore, Picture, Store
 from vitrail.data.tables import (
     IMAGE_COLUMNS,
+    KEY_COLUMN,
     content_keys,
     find_column,
     label_column,
@@ -88,6 +89,7 @@ class DatasetStore(Store):
 
     def __init__(self, found: Any, column: str, root: Path) -> None:
         self.found, self.name, self.root = found, column, root
+        self.packable = KEY_COLUMN not in found.column_names
 
     def __len__(self) -> int:
         return len(self.found)

@@ -124,6 +124,7 @@ class PackedStore(Store):
     """The column of packed videos of a `datasets.Dataset`."""
 
     video = True
+    packable = False
 
     def __init__(self, found: Any) -> None:
         self.found = found

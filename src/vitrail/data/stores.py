@@ -59,13 +59,15 @@ class Store:
     """Random access to raw pictures by row; rows never change. A store can be pickled, and read by processes and threads.
 
     random: reading may draw from the global random generators, which a loader then seeds for every sample. video: what it
-    reads is `Footage`. played_faster: the speed of which is not always 1. by_content: keys depend on the content.
+    reads is `Footage`. played_faster: the speed of which is not always 1. by_content: keys depend on the content. packable: a
+    packed copy would be read faster.
     """
 
     random = False
     video = False
     played_faster = False
     by_content = True
+    packable = True
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -114,6 +116,8 @@ class PathStore(Store):
 
 class TensorStore(Store):
     """Pictures of one size in memory, uint8 (n, c, h, w)."""
+
+    packable = False
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -263,6 +267,7 @@ class ConcatStore(Store):
             raise ValueError("some parts of this source are pictures, others videos")
         self.random = any(store.random for store in stores)
         self.by_content = all(store.by_content for store in stores)
+        self.packable = any(store.packable for store in stores)
         self.starts = np.cumsum([0] + [len(store) for store in stores]).tolist()
 
     def __len__(self) -> int:

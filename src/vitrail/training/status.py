@@ -70,11 +70,11 @@ class Clock:
         return self.spent[what] / busy if busy else 0.0
 
 
-def bottleneck(clock: Clock, waiting: float, workers: int) -> str:
-    """What holds the run up and what to do about it; "" when it is busy computing."""
+def bottleneck(clock: Clock, waiting: float, workers: int, packable: bool = True) -> str:
+    """What holds the run up and what to do about it; "" when it is busy computing. packable: see `Store`."""
     if waiting >= BOTTLENECK:
         more = "--workers 2 or more" if workers == 0 else "more --workers"
-        return f"waiting for data {waiting:.0%}: {more}, or `vitrail data pack`"
+        return f"waiting for data {waiting:.0%}: {more}{', or `vitrail data pack`' if packable else ''}"
     if clock.share("evaluating") >= BOTTLENECK:
         return f"evaluating {clock.share('evaluating'):.0%} of the time: a larger --eval-every"
     if clock.share("saving") >= BOTTLENECK:
@@ -96,7 +96,7 @@ def status_line(job: Job, plan: Plan, meter: Meter, clock: Clock, result: StepRe
         f"data wait {meter.waiting:.0%}",
         f"ETA {duration(clock.remaining(p.total - p.step))}",
     ]
-    held_up = bottleneck(clock, meter.waiting, job.loader.workers)
+    held_up = bottleneck(clock, meter.waiting, job.loader.workers, job.loader.dataset.store.packable)
     return "  ".join([*parts, *([f"[{held_up}]"] if held_up else [])])
 
 
