@@ -137,8 +137,13 @@ class Zygote:
 
     def start(self) -> None:
         """Start the process where nobody has; it takes seconds until it answers."""
-        if self.process is not None and self.process.poll() is None:
-            return
+        if self.process is not None:
+            code = self.process.poll()
+            if code is None:
+                return
+            if code:
+                self.taken.unlink(missing_ok=True)  # so that the other worker tries for itself, and does not wait
+                raise RuntimeError(f"the process that runs snippets ended with exit status {code}")
         try:
             self.taken.touch(exist_ok=False)
         except FileExistsError:

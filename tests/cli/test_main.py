@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from vitrail.cli import GROUPS, VERBS, main
+from vitrail.studies import STUDIES
 
 
 def vitrail(*words: str) -> subprocess.CompletedProcess[str]:
@@ -38,14 +40,26 @@ def test_help_names_every_verb_once(capsys: pytest.CaptureFixture[str]) -> None:
             assert page.count(f"\n  {name:<12} {verb.summary}") == 1
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_every_verb_explains_itself_without_torch(run_python: Callable[..., str], name: str) -> None:
-    code = "import sys, vitrail.cli; print(vitrail.cli.main(sys.argv[1:]), 'torch' in sys.modules)"
-    page = run_python(code, *name.split(), "--help", fresh=True)
-    assert page.splitlines()[-1] == "0 False"
-    assert f"usage: vitrail {name}" in page
-    examples = page.split("\nExamples\n")[1]
-    assert f"vitrail {name}" in examples
+HELP = """
+import contextlib, io, json, sys
+import vitrail.cli
+pages = {}
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as page:
+        code = vitrail.cli.main([*words.split(), "--help"])
+    pages[words] = (code, "torch" in sys.modules, page.getvalue())
+print(json.dumps(pages))
+"""
+
+
+def test_every_verb_and_every_study_explains_itself_without_torch(run_python: Callable[..., str]) -> None:
+    asked = [*VERBS, *(f"study {name}" for name in STUDIES)]
+    pages = json.loads(run_python(HELP, json.dumps(asked), fresh=True))
+    assert list(pages) == asked
+    for words, (code, torch_is_loaded, page) in pages.items():
+        assert (words, code, torch_is_loaded) == (words, 0, False)
+        assert f"usage: vitrail {words}" in page
+        assert f"vitrail {words}" in page.split("\nExamples\n")[1]
 
 
 @pytest.mark.parametrize("name", VERBS)
@@ -94,16 +108,24 @@ def test_unknown_models_and_settings_name_the_nearest(capsys: pytest.CaptureFixt
     assert "vit_small_patch16_224" in capsys.readouterr().err
 
 
-def test_errors_are_one_message_unless_debugging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("convert", str(tmp_path / "nothing"), str(tmp_path / "out"))
-    done = vitrail(*words)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "no such file or folder" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_errors_are_one_message_unless_debugging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", str(tmp_path / "nothing"), str(tmp_path / "out")]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "no such file or folder" in said
+    assert len(said.splitlines()) == 1
     monkeypatch.setenv("VITRAIL_DEBUG", "1")
     with pytest.raises((OSError, ValueError), match="no such file or folder"):  # the interpreter prints where
-        main(list(words))
+        main(words)
+
+
+def test_the_process_ends_with_what_main_returns() -> None:
+    done = vitrail("trian")
+    assert done.returncode == 2
+    assert "'train'" in done.stderr
 
 
 def test_a_closed_pipe_and_an_interrupt_are_clean(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 
 from vitrail.cli import main
 from vitrail.config import ConfigError, RunConfig
-from vitrail.studies import STUDIES, grid
+from vitrail.studies import grid
 from vitrail.studies.statistics import Mean, difference, mean, verdict
 from vitrail.studies.study import run_study, study
 
@@ -78,14 +78,6 @@ def test_a_killed_study_goes_on_and_writes_its_page(trainer: Callable[[Score], F
     assert "#0102" not in (out / "pooling.svg").read_text()  # no placeholder of the page's colours
     with pytest.raises(ConfigError, match="was run with other settings"):
         run_study("pooling", **{**settings, "budget": 2e8})
-
-
-@pytest.mark.parametrize("name", STUDIES)
-def test_every_study_explains_itself_without_torch(name: str, run_python: Callable[..., str]) -> None:
-    code = "import sys, vitrail.cli; print(vitrail.cli.main(['study', *sys.argv[1:]]), 'torch' in sys.modules)"
-    page = run_python(code, name, "--help", fresh=True)
-    assert page.splitlines()[-1] == "0 False"
-    assert f"vitrail study {name}" in page.split("\nExamples\n")[1]
 
 
 def test_what_cannot_be_studied(capsys: pytest.CaptureFixture[str]) -> None:
