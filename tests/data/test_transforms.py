@@ -158,14 +158,24 @@ def test_a_scaled_box_decodes_no_more_than_it_needs_and_never_less(monkeypatch: 
 
     monkeypatch.setattr(OpenImage, "decode", spy)
     image, preprocess = open_image(encode(photo(640, 640), "JPEG")), Preprocess(image_size=(32, 32))
-    for side, expected in ((31, 640), (73, 640), (74, 320), (147, 320), (148, 160), (295, 80), (640, 80)):
+    for side, expected in ((31, 640), (83, 640), (84, 320), (166, 320), (167, 160), (333, 80), (640, 80)):
         decode_box(image, Box(640 - side, 0, side, side), preprocess)
         assert decoded.pop() == (expected, expected), side
     for bottom, rows in ((100, 112), (300, 304), (606, 608), (622, 624), (624, 640)):
         decode_box(image, Box(bottom - 40, 0, 40, 40), preprocess)
         assert decoded.pop() == (rows, 640), bottom
-        decode_box(image, Box(bottom - 80, 0, 80, 80), preprocess)
+        decode_box(image, Box(bottom - 90, 0, 90, 90), preprocess)
         assert decoded.pop() == (rows // 2, 320), bottom
+
+
+def test_colour_is_enlarged_plainly_only_where_the_picture_is_reduced() -> None:
+    """Of a scaled box: by a third or more, yet not so far that the decoder reduces it."""
+    patches = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+    image = open_image(encode(patches, "JPEG", quality=90, subsampling="4:2:0"))
+    for side, plain in ((60, False), (91, False), (93, True), (160, True)):
+        box, preprocess = Box(0, 0, side, side), Preprocess(image_size=(64, 64))
+        exact, scaled = (decode_box(image, box, preprocess, mode).int() for mode in ("exact", "scaled"))
+        assert ((exact - scaled).abs().max() > 15) == plain, side
 
 
 def test_a_scaled_box_keeps_its_place() -> None:

@@ -10,6 +10,7 @@ from vitrail.data.pillow import exif_orientation, open_pillow
 
 COLOURS = {1: "GRAY", 3: "RGB", 4: "RGBA"}  # channels -> simplejpeg's name
 
+_PLAIN = 0.91  # up to this scale colour of half the resolution is enlarged by repeating it: resizing smooths it again
 _MCU = 16  # rows of the usual unit of a JPEG
 _EXIF, _START_OF_SCAN, _RESTARTS = 0xE1, 0xDA, 0xDD  # markers of the JPEG standard, ITU-T T.81, table B.1
 _SEQUENTIAL = (0xC0, 0xC1)  # frames whose rows follow each other in the file
@@ -27,12 +28,13 @@ class JpegImage(OpenImage):
     def _decode(self, scale: float, rows: int | None) -> tuple[Pixels, int]:
         # What libjpeg-turbo reduces by in vector code; 8/5, 8/6 and 8/7 take longer than the full size.
         reduction = 8 if scale <= 1 / 8 else 4 if scale <= 1 / 4 else 2 if scale <= 1 / 2 else 1
+        plain = scale <= _PLAIN and reduction == 1
         if rows is not None and self.frame and (needed := -(-(rows + reduction) // _MCU) * _MCU) < self.stored_size[0]:
-            top = self._top(needed, reduction)
+            top = self._top(needed, reduction, plain)
             if top is not None:
                 return top, reduction
         try:
-            pixels = simplejpeg.decode_jpeg(self.bytes, **self._options(self.stored_size[0], reduction))
+            pixels = simplejpeg.decode_jpeg(self.bytes, **self._options(self.stored_size[0], reduction, plain))
         except ValueError:  # Pillow forgives stray bytes, but not missing ones
             image = open_pillow(self.bytes)
             if (image.height, image.width) != self.stored_size:  # the size that was checked is not the one that counts
@@ -40,13 +42,13 @@ class JpegImage(OpenImage):
             return PillowImage(image, self.channels, self.orientation, self.data).decode()
         return pixels, reduction
 
-    def _options(self, height: int, reduction: int) -> dict[str, object]:
+    def _options(self, height: int, reduction: int, plain: bool) -> dict[str, object]:
         least = (-(-height // reduction), -(-self.stored_size[1] // reduction)) if reduction > 1 else (0, 0)
-        # Neither the fast DCT nor plain upsampling of colour: they save 2 % and 7 %, but with either a ViT-Ti takes one
-        # picture of fifty, or of thirty, for something else.
-        return {"colorspace": COLOURS[self.channels], "fastupsample": False, "min_height": least[0], "min_width": least[1]}
+        # Repeated colour saves 7 % of the time. Everywhere, a ViT-Ti would take 2.7 % more pictures for something else than after
+        # exact decoding, only here 1 % (`python -m benchmarks.data`). The fast DCT saves 2 % and costs more.
+        return {"colorspace": COLOURS[self.channels], "fastupsample": plain, "min_height": least[0], "min_width": least[1]}
 
-    def _top(self, height: int, reduction: int) -> Pixels | None:
+    def _top(self, height: int, reduction: int, plain: bool) -> Pixels | None:
         """The upper `height` rows, or None where they are damaged.
 
         libjpeg is told that the picture ends there. It then warns that data is left, after all pixels have been written;
@@ -56,7 +58,7 @@ class JpegImage(OpenImage):
         shorter[self.frame : self.frame + 2] = height.to_bytes(2, "big")
         pixels = np.empty((-(-height // reduction), -(-self.stored_size[1] // reduction), self.channels), np.uint8)
         try:
-            simplejpeg.decode_jpeg(shorter, buffer=pixels, **self._options(height, reduction))
+            simplejpeg.decode_jpeg(shorter, buffer=pixels, **self._options(height, reduction, plain))
         except ValueError as problem:
             return pixels if _REST_LEFT_OUT in str(problem) else None
         return pixels

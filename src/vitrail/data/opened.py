@@ -46,8 +46,8 @@ class OpenImage:
     def decode(self, scale: float = 1.0, rows: int | None = None) -> tuple[Pixels, int]:
         """Pixels as stored, before orientation, and how many stored pixels (1, 2, 4, 8) each stands for along a side.
 
-        scale: the fraction of the full size that is enough. rows: how many stored rows from the top are needed; more may be
-        returned. Only JPEG makes use of these. Raises ImageError.
+        scale: the fraction of the full size that is enough; below 1 finer detail may be left out. rows: how many stored rows
+        from the top are needed; more may be returned. Only JPEG makes use of these. Raises ImageError.
         """
         try:
             return self._decode(scale, rows)

@@ -22,7 +22,7 @@ from vitrail.data.opened import ImageError, OpenImage, Pixels
 
 # A picture is decoded smaller only if this much more than the result's size is left: the last step of the reduction is then
 # made by the same filter as in the exact path, which brings the pixels of both much closer.
-_MARGIN = 1.15
+_MARGIN = 1.3
 _TRIES = 10  # of drawing a crop that fits, as in torchvision's RandomResizedCrop
 
 
