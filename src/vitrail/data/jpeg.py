@@ -44,8 +44,8 @@ class JpegImage(OpenImage):
 
     def _options(self, height: int, reduction: int, plain: bool) -> dict[str, object]:
         least = (-(-height // reduction), -(-self.stored_size[1] // reduction)) if reduction > 1 else (0, 0)
-        # Repeated colour saves 7 % of the time. Everywhere, a ViT-Ti would take 2.7 % more pictures for something else than after
-        # exact decoding, only here 1 % (`python -m benchmarks.data`). The fast DCT saves 2 % and costs more.
+        # Repeated colour saves 7 % of the time. Everywhere, a ViT-Ti would take 2.7 % more pictures for something else
+        # than after exact decoding, only here 1 % (`python -m benchmarks.data`). The fast DCT saves 2 % and costs more.
         return {"colorspace": COLOURS[self.channels], "fastupsample": plain, "min_height": least[0], "min_width": least[1]}
 
     def _top(self, height: int, reduction: int, plain: bool) -> Pixels | None:
