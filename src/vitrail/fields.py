@@ -191,13 +191,24 @@ def flat(config: Any) -> dict[str, Any]:
 
 
 def load(cls: type[T], path: str | Path) -> T:
-    """Read a configuration from a .yaml, .yml or .json file; YAML is read with the safe loader."""
+    """Read a configuration from a .yaml, .yml or .json file; YAML is read with the safe loader.
+
+    Settings stand in their sections, or by their own name as `replace_flat` takes them, which then counts.
+    """
     text = Path(path).read_text(encoding="utf-8")
     try:
         values = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as problem:
         raise ConfigError(f"{path}: not a readable configuration file ({problem})") from None
-    return from_dict(cls, values or {})
+    values = values or {}
+    if not isinstance(values, Mapping):
+        return from_dict(cls, values)
+    kinds = get_type_hints(cls)
+    own = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    sections = {name for name in own if dataclasses.is_dataclass(kinds[name])}
+    whole = {name for name, value in values.items() if name in own and (name not in sections or isinstance(value, Mapping))}
+    nested = {name: value for name, value in values.items() if name in whole}
+    return replace_flat(from_dict(cls, nested), {name: value for name, value in values.items() if name not in whole})
 
 
 def dump(config: Any) -> str:

@@ -74,6 +74,11 @@ def test_a_file_and_a_recipe_are_starting_points(asked: list[tuple[RunConfig, di
         stored,
         {"resume": False, "compile": False, "overrides": {"depth": 2, "heads": 2}, "weight_decay": 0.1},
     )
+    file.write_text("data: photos\nlr: 1e-3\nimage_size: [32, 48]\nschedule: linear\noptim: {lr: 0.5, momentum: 0.8}\n")
+    assert main(["train", "--config", str(file)]) == 0
+    read = asked[-1][0]
+    assert (read.optim.lr, read.optim.momentum, read.input.image_size) == (1e-3, 0.8, (32, 48))
+    assert read.schedule.schedule == "linear"
     assert main(["train", "--recipe", "digits", "--seed", "3"]) == 0
     assert asked[-1] == (RECIPES["digits"](), {"resume": False, "seed": 3})
 
@@ -90,6 +95,15 @@ def test_a_file_and_a_recipe_are_starting_points(asked: list[tuple[RunConfig, di
         ("digits --model vit_micro_patch4_16 --set position.knd=2d", "'kind'"),
         ("digits --model vit_micro_patch4_16 --image-size 18", "not divisible"),
         ("digits --device cuda:9", "this machine has"),
+        ("--resume runs/a --out runs/b", "a run goes on where it is: --out runs/b is not --resume runs/a"),
+        ("digits --epochs 0", "epochs is 0; it must be above 0"),
+        ("digits --ema 1", "ema is 1; it must be at least 0 and below 1"),
+        ("digits --label-smoothing 2", "label_smoothing is 2; it must be at least 0 and at most 1"),
+        ("digits --lr nan", "lr is nan; it must be at least 0"),
+        ("digits --model vit_micro_patch4_16 --image-size 0", "nearest valid: 4x4 (height"),
+        ("digits --model vit_micro_patch4_16 --crops 3", "crops is a setting of videos"),
+        ("motion --model vivit_micro --frames 4 --set frames=8", "frames is 4, but frames is set to 8 as well"),
+        ("motion --model mvit_micro --from nothing --inflate average", "mvit_micro is neither"),
     ],
 )
 def test_what_cannot_be_done_is_said_plainly(

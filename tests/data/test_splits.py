@@ -31,6 +31,7 @@ def rows(part: np.ndarray | None) -> list[int] | None:
         (["a", "b", "b"], {"val_split": "b"}, [0], [1, 2], None, False),
         (["a", "b", "b"], {"train_split": "b", "val_split": "a"}, [1, 2], [0], None, False),
         (["train", "train", "test"], {"val_split": "train"}, [0, 1], None, [2], True),
+        (["train", "test", "test"], {"train_split": "test"}, [1, 2], None, None, True),
         (["test", "test"], {}, None, None, [0, 1], True),
         (["train", "train"], {"val_fraction": 0.0}, [0, 1], None, None, False),
     ],

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from vitrail.checkpoints import save_model
-from vitrail.config import ConfigError, ModelCard, Preprocess
+from vitrail.config import ConfigError, DataConfig, ModelCard, Preprocess, RunConfig, dump
 from vitrail.data import open_data
 from vitrail.evaluation import evaluate, predict_dataset
 from vitrail.models import Model, create_model
@@ -97,6 +97,25 @@ def test_evaluate_a_checkpoint_on_a_folder(picture_folder: Path, tmp_path: Path)
     n = len(report.outputs.targets)
     assert report.metrics["n"] == n == report.confusion.sum()
     assert report.metrics["top1"] == pytest.approx(np.trace(report.confusion) / n)
+
+
+def test_all_samples_are_judged_but_those_a_run_was_trained_on(picture_folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    save_model(model_for(), run / "model")
+    (run / "metrics.jsonl").touch()
+    asked = RunConfig(data=str(picture_folder), data_config=DataConfig(val_fraction=0.5))
+    (run / "config.yaml").write_text(dump(asked))
+    number = sum(1 for _ in picture_folder.rglob("*.png"))
+    held = evaluate(run, picture_folder, device="cpu", progress=False)  # the half that training held out
+    assert held.split == "val"
+    assert held.metrics["n"] == len(open_data(picture_folder, asked.data_config).val) < number
+    assert any("held out for validation" in note for note in held.notes)
+    shutil.copytree(picture_folder, tmp_path / "new")
+    for model, data in ((run, tmp_path / "new"), (model_for(), picture_folder)):
+        whole = evaluate(model, data, device="cpu", progress=False)
+        assert whole.metrics["n"] == number
+        assert not whole.notes
+    assert evaluate(run, tmp_path / "new", split="val", device="cpu", progress=False).metrics["n"] < number
 
 
 def test_unreadable_pictures_are_counted_and_named_or_refused(with_broken: Path) -> None:

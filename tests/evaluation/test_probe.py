@@ -200,6 +200,13 @@ def test_a_probe_ranks_and_advises(picture_folder: Path, tmp_path: Path) -> None
         probe(micro(), str(picture_folder), methods=("knm",))
 
 
+def test_what_no_model_is_called_is_found_out_before_anything_is_judged(picture_folder: Path, tmp_path: Path) -> None:
+    for wrong, message in (("resnet_mikro", "nearest: resnet_micro"), ("resnet_micro", "no published weights of resnet_micro")):
+        with pytest.raises(ConfigError, match=message):
+            probe({"fine": micro(), "wrong": wrong}, str(picture_folder), cache=tmp_path / "cache", progress=False)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_the_verb_writes_page_and_tables(picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     card = ModelCard(classes=("x", "y", "z"), preprocess=PIXELS)
     path = save_model(micro(), tmp_path / "model.safetensors", card=card)

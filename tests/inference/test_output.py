@@ -40,6 +40,7 @@ def test_json_lines_hold_everything() -> None:
     assert rows[0]["top"] == [["cat", 0.91], ["dog, wild", 0.05]]
     assert rows[1]["labels"] == ["dog, wild", "cat"]
     assert rows[2]["error"] == "not a picture"
+    assert [row["probability"] for row in rows] == [0.91, 0.5, None]
     assert "ü" in text
     assert counts == (2, 1)
 

@@ -92,6 +92,8 @@ def test_patterns_and_stdin(predictor: Predictor, picture_folder: Path, monkeypa
     lines = f"{picture_folder / 'red' / 'red-03.png'}\n\n{picture_folder / 'blue' / 'blue-01.png'}\r\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     assert [p.label for p in predictor("-")] == ["red", "blue"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines.replace("\r", "").replace("\n", "\0")))
+    assert [p.label for p in predictor("-")] == ["red", "blue"]
 
 
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(
@@ -202,6 +204,9 @@ def test_a_model_without_a_card_numbers_its_classes() -> None:
         ({"decode": "fast"}, "decode is 'fast'; allowed: exact, scaled"),
         ({"errors": "ignore"}, "errors is 'ignore'"),
         ({"batch_size": 0}, "at least 1, got 0"),
+        ({"window": "long"}, "window is 'long'; it is a number of seconds"),
+        ({"window": float("nan")}, "got nan"),
+        ({"window": 2.0}, "this model takes pictures: windows"),
         ({"precision": "fp8"}, "precision 'fp8'"),
         ({"device": "tpu"}, "device 'tpu'"),
     ],

@@ -121,5 +121,5 @@ def test_settings_that_make_no_sense() -> None:
     with pytest.raises(ConfigError, match="every needs a window"):
         predictor(every=1.0)
     pictures = replace(PREPROCESS, frames=0)
-    with pytest.raises(ConfigError, match="a window is a part of a video"):
+    with pytest.raises(ConfigError, match="this model takes pictures"):
         predictor(pictures, window=1.0)

@@ -90,9 +90,12 @@ def test_rehearsing_measures_and_hands_the_batches_out_again(job: Callable[..., 
     assert measured.micro > 0
     assert measured.update > 0
     assert measured.step(2) == pytest.approx(2 * (measured.micro + measured.wait) + measured.update)
+    waits: list[float] = []
     for ours, theirs in itertools.islice(zip(stream, made.loader.batches(0), strict=False), 12):
         assert torch.equal(ours.images, theirs.images)
         assert torch.equal(ours.keys, theirs.keys)
+        waits.append(ours.wait)
+    assert waits[:2] == [0, 0]  # no step waits again for what was waited for while rehearsing
     after = made.state.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert made.state.optimizer.state == {}

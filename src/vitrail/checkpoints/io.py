@@ -7,6 +7,7 @@ import collections
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 import warnings
@@ -201,14 +202,19 @@ def write_flax(path: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def _read_torch(path: Path) -> tuple[State, dict[str, str]]:
+    with path.open("rb") as file:
+        begins = file.read(2)
+    if begins != b"PK" and begins[:1] != b"\x80":  # a zip archive, or a pickle of protocol 2 and later
+        raise CheckpointError(f"{path}: not a checkpoint (it is neither a safetensors, an .npz nor a torch file)")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
             warnings.simplefilter("ignore")  # an odd pickle protocol ends in one of the errors below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except pickle.UnpicklingError as problem:
-        reason = str(problem).split("\n")[0]
+        named = re.search(r"GLOBAL ([\w.]+)", str(problem))  # torch's text also says how to switch its safety off
+        reason = f": {named[1]}" if named else ""
         raise CheckpointError(
-            f"{path}: refused, because reading it would run code of the file ({reason}); ask for a safetensors version"
+            f"{path}: refused, because reading it would run code of the file{reason}; ask for a safetensors version"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError) as problem:
         raise CheckpointError(f"{path}: not a complete torch file ({str(problem).splitlines()[0]})") from None

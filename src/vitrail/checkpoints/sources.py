@@ -132,7 +132,7 @@ def transformers_files(config: Any, card: ModelCard, settings: dict[str, Any], p
     classes = card.classes or tuple(f"LABEL_{i}" for i in range(config.num_classes))
     side = dict(zip(("height", "width"), p.image_size, strict=True))
     resized = round(p.image_size[0] / p.crop_fraction)
-    crops = p.fit == "crop" and p.crop_fraction < 1
+    crops = p.fit == "crop"
     return {
         "config.json": settings
         | {"id2label": {str(i): c for i, c in enumerate(classes)}, "label2id": {c: i for i, c in enumerate(classes)}},

@@ -126,7 +126,10 @@ def _load_as_video(
     hints = {key: overrides[key] for key in ("heads", "built_size") if key in overrides}
     image = load_model(source, preprocess=preprocess, quiet=quiet, **hints)
     if not isinstance(image, ViT):
-        raise CheckpointError(f"as_video starts from the weights of a ViT; these are those of a {image.family}")
+        raise CheckpointError(
+            f"a video model is inflated from the weights of an image ViT; these are those of a {image.family}"
+            + (": to go on with them as they are, leave as_video (--inflate) out" if image.takes_clips else "")
+        )
     changes = {key: value for key, value in overrides.items() if key != "built_size"}
     video = create_model(name, **(matching_settings(image) | changes))
     new = inflate(image, video, kernel=kernel)
@@ -217,6 +220,8 @@ def _save_ours(model: Model, state: State, path: Path, card: ModelCard) -> Path:
 def _open(source: str | Path | Mapping[str, Any]) -> tuple[State, Origin]:
     if isinstance(source, Mapping):
         return find_weights(source, "state dict"), Origin("state dict")
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise CheckpointError(f"weights are a path, a name of the hub, an address or a dictionary of tensors, not {source!r}")
     fetched = hub.fetch(source) if isinstance(source, str) and hub.is_remote(source) else None
     path = fetched.path if fetched else _weights_file(Path(source))
     state, metadata = read_state(path)

@@ -113,7 +113,8 @@ def guarded(name: str, words: Sequence[str]) -> int:
         if os.environ.get("VITRAIL_DEBUG"):
             raise
         complain(f"{explain(problem)}{'' if is_ours(problem) else '  (VITRAIL_DEBUG=1 shows where)'}")
-        return 2 if isinstance(problem, ConfigError) else 1
+        # What models refuse, who know no ConfigError, is a plain ValueError; checkpoints and pictures have errors of their own.
+        return 2 if isinstance(problem, ConfigError) or (type(problem) is ValueError and is_ours(problem)) else 1
 
 
 def explain(problem: Exception) -> str:

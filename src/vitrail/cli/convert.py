@@ -35,7 +35,8 @@ class Arguments:
     image_size: tuple[int, int] | None = None  # height,width in pixels to resize position embeddings for
     num_classes: int | None = None  # another number gives a new head, initialised to zero
     preprocess: tuple[str, ...] = ()  # imagenet, half, the name of published weights, and fields: crop_fraction=0.9 mean=0.5
-    check: bool = True  # read back what was written, by the peer too where it is installed, and compare answers
+    check: Annotated[bool, tyro.conf.arg(help_behavior_hint="(default: it is)")] = True
+    """Whether what was written is read back, by the peer too where it is installed, and its answers compared."""
     overrides: Annotated[Mapping[str, Any], tyro.conf.arg(name="set")] = field(default_factory=dict)
     """What the weights' shapes cannot tell, such as heads=12."""
 

@@ -175,6 +175,11 @@ def measure(name: str, image_size: tuple[int, int] | None) -> dict[str, Any]:
         "model": name,
         "family": model.family,
         "input": " x ".join(map(str, model.input_shape)),
-        "parameters (M)": round(cost.count_parameters(model) / 1e6, 2),
-        "GMACs": round(cost.count_flops(model) / 2e9, 3),
+        "parameters (M)": digits(cost.count_parameters(model) / 1e6, 2),
+        "GMACs": digits(cost.count_flops(model) / 2e9, 3),
     }
+
+
+def digits(number: float, after: int) -> float:
+    """So many digits after the point, or for numbers below one three that count: a tiny model is not nothing."""
+    return round(number, after) if abs(number) >= 1 else float(f"{number:.3g}")

@@ -32,7 +32,7 @@ def run(words: Sequence[str]) -> None:
 
     from vitrail import cost
     from vitrail.cli import show
-    from vitrail.cli.models import Catalogue, fields
+    from vitrail.cli.models import Catalogue, digits, fields
     from vitrail.models import ShapesOnly, create_model
 
     with ShapesOnly():
@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> None:
     total = sum(flops.values())
     parts = [
         (name, type(part).__name__ if len(part_list) == 1 else f"{len(part_list)} x {type(part_list[0]).__name__}",
-         round(cost.count_parameters(part) / 1e6, 3), round(flops.get(name, 0) / 2e9, 3))
+         digits(cost.count_parameters(part) / 1e6, 3), digits(flops.get(name, 0) / 2e9, 3))
         for name, part in model.named_children()
         for part_list in [list(part) if isinstance(part, (nn.ModuleList, nn.Sequential)) and len(part) else [part]]
     ]  # fmt: skip
@@ -49,9 +49,9 @@ def run(words: Sequence[str]) -> None:
         "model": arguments.name,
         "family": model.family,
         "input": " x ".join(map(str, model.input_shape)),
-        "parameters (M)": round(parameters / 1e6, 2),
-        "GMACs": round(total / 2e9, 3),
-        "training step, one picture (GFLOPs)": round(3 * total / 1e9, 2),
+        "parameters (M)": digits(parameters / 1e6, 2),
+        "GMACs": digits(total / 2e9, 3),
+        "training step, one picture (GFLOPs)": digits(3 * total / 1e9, 2),
         "weights in float32 (MB)": round(4 * parameters / 1e6, 1),
         "sizes must be multiples of": model.input_multiple,
     }

@@ -61,6 +61,7 @@ def run(words: Sequence[str]) -> int:
     if not files:
         raise ConfigError("name at least one picture, folder or pattern, or - to read paths from stdin")
     from vitrail.data.live import is_stream
+    from vitrail.data.samples import count
     from vitrail.inference import Predictor, write_predictions
 
     streams = any(map(is_stream, files))
@@ -90,13 +91,15 @@ def run(words: Sequence[str]) -> int:
         predictions = annotated(predictions, arguments.draw, arguments.max_pixels)
     start = time.perf_counter()
     answered, failed = write_predictions(predictions, arguments.format, sys.stdout, times=windows)
-    noun = "windows" if windows else "clips" if predictor.preprocess.frames else "pictures"
+    noun = "window" if windows else "clip" if predictor.preprocess.frames else "picture"
     if failed:
-        print(f"{answered} {noun} answered, {failed} could not be read", file=sys.stderr)
+        print(f"{count(answered, noun)} answered, {failed} could not be read", file=sys.stderr)
+    if not answered and not failed:
+        print(f"no {noun} was named" + (": stdin holds no path" if "-" in files else ""), file=sys.stderr)
     if windows and answered:
         from vitrail.cost import resident_peak
 
         drawn = f", drawn into {arguments.draw}" if arguments.draw else ""
         spent = f"{time.perf_counter() - start:.1f} s, peak memory {resident_peak() / 2**20:,.0f} MiB"
-        print(f"{answered} {noun} in {spent}{drawn}", file=sys.stderr)
+        print(f"{count(answered, noun)} in {spent}{drawn}", file=sys.stderr)
     return int(not answered)

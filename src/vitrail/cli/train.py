@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -69,6 +70,8 @@ def run(words: Sequence[str]) -> None:
     arguments = parse(Arguments, words, prog="vitrail train", examples=EXAMPLES, default=defaults)
     from vitrail.runs import train
 
+    if arguments.resume and arguments.out and Path(arguments.out).absolute() != Path(arguments.resume).absolute():
+        raise ConfigError(f"a run goes on where it is: --out {arguments.out} is not --resume {arguments.resume}")
     run = train(base, resume=arguments.resume or False, **explicit(words, arguments, base))
     if run.config.report and run.is_main:
         print(f"report    {run.path / 'report.html'}  (open it in a browser)")

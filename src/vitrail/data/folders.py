@@ -57,7 +57,7 @@ def read_folder(root: Path, config: DataConfig) -> Listing:
             names, labels, split_of = names + without, labels + [None] * len(without), split_of + [split] * len(without)
         strangers += loose
     if not names:
-        raise DataError(_nothing_found(root))
+        raise DataError(_nothing_found(root, config.media))
     store: Store = PathStore(root, names)
     if media == "videos":
         store = FootageStore(store)
@@ -130,7 +130,7 @@ def files_below(root: Path, folder: Path) -> Iterator[str]:
         yield from (f"{prefix}/{name}" for name in sorted(files) if not _unseen(name))
 
 
-def _nothing_found(root: Path) -> str:
+def _nothing_found(root: Path, media: str) -> str:
     direct = [entry.name for entry in _visible(root) if entry.is_file()]
     for what, is_sample in (("picture", is_picture_name), ("video", is_video_name)):
         if number := sum(map(is_sample, direct)):
@@ -138,5 +138,6 @@ def _nothing_found(root: Path) -> str:
                 f"{root}: {count(number, what)} but no class folders; put the {what}s of each class into a folder "
                 f"named after it ({root.name}/<class>/), or write a table with a column of paths and one of labels"
             )
-    what = "is empty" if not any(root.iterdir()) else "holds no pictures and no videos"
+    kinds = {"pictures": "pictures", "videos": "videos", "frames": "folders of pictures"}
+    what = "is empty" if not any(root.iterdir()) else f"holds no {kinds.get(media, 'pictures and no videos')}"
     return f"{root}: the folder {what}; expected {root.name}/<class>/picture.jpg, a table, tar shards or a dataset folder"

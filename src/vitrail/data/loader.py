@@ -202,7 +202,8 @@ def check_media(dataset: ImageDataset, preprocess: Preprocess) -> None:
     """Raises ConfigError where videos meet a model of pictures, or the other way round, or where clips make no sense."""
     if dataset.video != bool(preprocess.frames):
         wanted = "clips of videos" if preprocess.frames else "pictures"
-        raise ConfigError(f"the model takes {wanted}, but the samples of the data set are {dataset.noun}s")
+        hint = "" if dataset.video else "; media: videos, or frames where folders of pictures are clips"
+        raise ConfigError(f"the model takes {wanted}, but the samples of the data set are {dataset.noun}s{hint}")
     if dataset.video:
         check_clips(preprocess)
         if dataset.store.played_faster and preprocess.sampling != "dense":

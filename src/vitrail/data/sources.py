@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitrail.config import ConfigError, DataConfig, nearest
+from vitrail.config import ConfigError, DataConfig, flat, nearest
 from vitrail.data.arrow import is_dataset_folder, is_dataset_object, read_dataset, read_dataset_folder
 from vitrail.data.embedded import NAMES as EMBEDDED
 from vitrail.data.embedded import read_embedded
@@ -22,6 +22,7 @@ from vitrail.data.speed import SPEED, read_speed
 from vitrail.data.splits import role_in_name
 from vitrail.data.tables import SUFFIXES as TABLES
 from vitrail.data.tables import read_table
+from vitrail.limits import check_limits
 
 
 def open_data(source: Any, config: DataConfig | None = None, classes: Sequence[str] | None = None) -> Data:
@@ -43,6 +44,7 @@ def open_data(source: Any, config: DataConfig | None = None, classes: Sequence[s
     for data that cannot be used, ConfigError for settings that do not fit.
     """
     config = config or DataConfig()
+    check_limits(flat(config))
     listing, name = _read(source, config)
     if not len(listing.names):
         raise DataError(f"{name}: no samples")

@@ -68,6 +68,9 @@ def choose_splits(splits: Sequence[str], config: DataConfig) -> SplitRows:
         others = [name for name in names if roles[name] is None and name != config.val_split]
         if others:
             notes.append(f"no split is called train: training on {', '.join(others)}")
+    if len(trained := np.intersect1d(train, test)):
+        notes.append(f"{count(len(trained), 'sample')} of the test split are trained on, so they are not tested on")
+        test = np.setdiff1d(test, trained)
     if config.val_split and np.array_equal(val, train):
         val = val[:0]
     cut = not len(val)

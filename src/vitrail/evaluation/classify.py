@@ -6,7 +6,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from vitrail.checkpoints import load_model
-from vitrail.config import ConfigError, DataConfig, Preprocess, unknown
+from vitrail.config import ConfigError, DataConfig, Preprocess, RunConfig, load, unknown
 from vitrail.cost import autocast, memory_format, pick_device, pick_precision
 from vitrail.data import Batch, Data, ImageDataset, eval_batches, open_data
 from vitrail.data.clips import average_views, view_count, with_views
@@ -133,19 +133,27 @@ def evaluate(
     """How good a model (or the checkpoint, folder or run at a path) is on a data set, with 95 % intervals.
 
     data: anything a run takes (a path, the name of an embedded set, a torch Dataset, [(path, label), ...]) or opened `Data`;
-    `settings` are fields of `DataConfig`. split: test, val or train; "" is test where there is one, then val, then train.
+    `settings` are fields of `DataConfig`; where a run is judged on the data it was trained on, its own are the defaults.
+    split: test, val or train; "" is test where there is one, then val, then train. A validation split is cut only from data
+    that the run was trained on, or where split asks for it: of other data without named splits all samples are judged.
     clips, crops: views of a video, in time and space, whose probabilities are averaged; by default what the model's card says.
     The classes must be those of the checkpoint: a data set that differs is refused and the difference named (ConfigError).
     prediction: of a distilled DeiT, which heads answer: joint, class or distillation; "" is as the model says.
     Unreadable pictures are left out, counted and named in the report's notes, or refused with bad_files="refuse".
     """
+    run = None if isinstance(model, Model) else _run_of(model)
+    seen: tuple[str, ...] = ()
     model = model if isinstance(model, Model) else load_model(model)
     card = model.card
     classes = tuple(card.classes) if card and card.classes else None
     if isinstance(data, Data):
         opened = data
     else:
-        opened = open_data(data, _data_config(settings, bool(card and card.multi_label)), classes=classes)
+        config, trained_on = _data_config(settings, bool(card and card.multi_label), run, data)
+        if not (split or trained_on or "val_fraction" in settings):
+            config = dataclasses.replace(config, val_fraction=0.0)
+        opened = open_data(data, config, classes=classes)
+        seen = tuple(note for note in opened.notes if trained_on and "held out" in note)
     _check_fit(model, opened)
     dataset, name = _choose(opened, split)
     preprocess = (card.preprocess if card else None) or Preprocess(
@@ -168,7 +176,7 @@ def evaluate(
             progress=f"evaluating {name}" if progress else None,
         )
     report = classification_report(outputs.logits, outputs.targets, opened.classes, opened.multi_label, seed)
-    notes = report.notes + ((dataset.bad.summary(),) if len(dataset.bad) else ())
+    notes = report.notes + (seen if name != "test" else ()) + ((dataset.bad.summary(),) if len(dataset.bad) else ())
     return dataclasses.replace(report, split=name, notes=notes, outputs=outputs)
 
 
@@ -190,12 +198,26 @@ def _answering_by(model: Model, prediction: str) -> Iterator[None]:
         model.head.prediction = before
 
 
-def _data_config(settings: dict[str, Any], multi_label: bool) -> DataConfig:
+def _run_of(path: str | Path) -> RunConfig | None:
+    """The settings of the training run that a path is, or lies in."""
+    here = Path(path).expanduser()
+    for folder in (here, *here.absolute().parents[:2]):
+        if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
+            with suppress(ConfigError, OSError):
+                return load(RunConfig, folder / "config.yaml")
+    return None
+
+
+def _data_config(settings: dict[str, Any], multi_label: bool, run: RunConfig | None, data: Any) -> tuple[DataConfig, bool]:
+    """How the data is read, and whether the run was trained on it: then as it was then, so that the same part is held out."""
     names = [f.name for f in dataclasses.fields(DataConfig)]
     for name in settings:
         if name not in names:
             raise unknown("setting", name, names)
-    return DataConfig(**{"multi_label": multi_label, **settings})
+    if run is not None and isinstance(data, (str, Path)) and run.data in (str(data), str(Path(data).expanduser().absolute())):
+        as_then = dataclasses.replace(run.data_config, workers=-1, decode="auto", unlabelled=False)
+        return dataclasses.replace(as_then, **settings), True
+    return DataConfig(**{"multi_label": multi_label, **settings}), False
 
 
 def _check_fit(model: Model, data: Data) -> None:

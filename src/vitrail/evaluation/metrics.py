@@ -192,9 +192,6 @@ def calibration_bins(
 def _single_label(
     logits: Tensor, targets: Tensor, classes: tuple[str, ...], rng: np.random.Generator, notes: tuple[str, ...]
 ) -> Report:
-    # Imported when needed: it brings torchvision and torch's compiler along, seconds that a run's start need not wait for.
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
     n, k = logits.shape
     probabilities = logits.softmax(1)
     confidence, answers = probabilities.max(1)
@@ -205,10 +202,8 @@ def _single_label(
         low, high = bootstrap.rate_interval(right, n, rng)
         metrics |= {f"top{rank}": right / n, f"top{rank}_low": low, f"top{rank}_high": high}
 
-    if k > 1:
-        confusion = multiclass_confusion_matrix(answers, targets, num_classes=k).numpy().astype(np.int64)
-    else:
-        confusion = np.array([[n]], dtype=np.int64)  # one class has nothing to confuse, and torchmetrics refuses it
+    # Not by torchmetrics: it takes four seconds to import, which every run would wait for at its first evaluation.
+    confusion = torch.bincount(targets * k + answers, minlength=k * k).view(k, k).numpy().astype(np.int64)
     counts = (np.diag(confusion).astype(float), confusion.sum(0).astype(float), confusion.sum(1).astype(float))
     resampled = list(bootstrap.confusion_resamples(confusion, rng))
     means = {"balanced_accuracy": 1, "macro_f1": 2}  # index into (precision, recall, f1)
@@ -224,6 +219,7 @@ def _single_label(
 def _multi_label(
     logits: Tensor, targets: Tensor, classes: tuple[str, ...], rng: np.random.Generator, notes: tuple[str, ...]
 ) -> Report:
+    # Imported when needed: it brings torchvision and torch's compiler along.
     from torchmetrics.functional.classification import binary_average_precision, binary_confusion_matrix
 
     n, k = logits.shape

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitrail.checkpoints import create_model, load_model
+from vitrail.checkpoints import pretrained as published
 from vitrail.checkpoints.weights import SUFFIXES
-from vitrail.config import ConfigError, DataConfig, Preprocess, unknown
+from vitrail.config import ConfigError, DataConfig, Preprocess, nearest, unknown
 from vitrail.cost import count_flops, count_parameters, pick_device, pick_precision
 from vitrail.data import Data, ImageDataset, open_data
 from vitrail.evaluation import fewshot, knn, linear
@@ -72,6 +73,9 @@ def probe(
             raise unknown("method", method, METHODS)
     if seeds < 1 or not (shots or full):
         raise ConfigError(f"there is nothing to learn from: shots {tuple(shots)}, full {full}, {seeds} seeds")
+    sources = _labelled(models)
+    for source in sources.values():  # named wrongly, the last of them would be found out after all others were judged
+        check_backbone(source)
     opened = data if isinstance(data, Data) else open_data(data, _data_config(settings))
     train, choose, test, notes = _pools(opened)
     where = pick_device(device)
@@ -81,7 +85,7 @@ def probe(
         "workers": workers,
     }  # fmt: skip
     backbones, scores, right = [], [], {}
-    for label, source in _labelled(models).items():
+    for label, source in sources.items():
         start = time.perf_counter()
         model = open_backbone(source, image_size)
         preprocess = preprocessing(model)
@@ -116,6 +120,17 @@ def open_backbone(source: Any, image_size: int | tuple[int, int] | None = None) 
     if name in MODELS and not Path(source).exists():
         return create_model(name, tag or True, quiet=True, **changes)
     return load_model(source, quiet=True, **changes)
+
+
+def check_backbone(source: Any) -> None:
+    """Raises ConfigError for a name without published weights, and for a path that does not exist."""
+    if not isinstance(source, (str, Path)) or Path(source).expanduser().exists():
+        return
+    name, _, tag = str(source).partition(".")
+    if name in MODELS:
+        published.choose(name, tag)
+    elif "/" not in str(source):  # of the hub or an address only the network knows
+        raise ConfigError(f"{source}: no such file, folder or model; nearest: {', '.join(nearest(str(source), MODELS))}")
 
 
 def preprocessing(model: Model) -> Preprocess:

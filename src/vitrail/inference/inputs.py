@@ -49,8 +49,9 @@ def expand(inputs: Input | Iterable[Input], videos: bool = False) -> Iterator[As
     """Every picture (or video) that `inputs` stand for, in order, found while it is asked for.
 
     A folder stands for the pictures in it and below, a pattern for the pictures it matches, both sorted by name; "-" for
-    the paths on stdin, one a line; an address or a pipe for a stream. Pictures in memory are called #0, #1, ... by their
-    place; "bikes" is the embedded film. A path that leads to nothing is answered with an error in its place.
+    the paths on stdin, one a line (or between zero bytes); an address or a pipe for a stream. Pictures in memory are called
+    #0, #1, ... by their place; "bikes" is the embedded film. A path that leads to nothing is answered with an error in its
+    place.
     """
     for asked in _expand(inputs, VIDEOS if videos else PICTURES):
         path = asked.picture
@@ -76,8 +77,9 @@ def _in_memory(item: Any, name: str, kind: Kind) -> Asked:
 def _paths(text: str, kind: Kind) -> Iterator[Asked]:
     if text == STDIN:
         for line in sys.stdin:
-            if line.rstrip("\r\n"):
-                yield from _paths(line.rstrip("\r\n"), kind)
+            for path in line.rstrip("\r\n").split("\0"):  # as find -print0 writes them
+                if path:
+                    yield from _paths(path, kind)
     elif is_stream(text):
         stream = Stream(text) if kind is VIDEOS else None
         yield Asked(text, stream, "" if stream else "a stream is a video; this model takes pictures")

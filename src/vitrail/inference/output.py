@@ -64,7 +64,7 @@ def answer_text(prediction: Prediction) -> str:
 
 
 def _json(prediction: Prediction) -> str:
-    values: dict[str, Any] = asdict(prediction)
+    values: dict[str, Any] = asdict(prediction) | ({"probability": None} if prediction.error else {})
     if prediction.start is None:
         values = {name: value for name, value in values.items() if name not in TIMES}
     text = json.dumps(values, ensure_ascii=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -80,14 +81,18 @@ class Predictor:
         max_pixels: int = MAX_PIXELS,
         clips: int | None = None,
         crops: int | None = None,
-        window: float | Literal["clip"] = 0.0,
+        window: float | str = 0.0,
         every: float = 0.0,
     ):
         for name, value, allowed in (("decode", decode, ("exact", "scaled")), ("errors", errors, ("keep", "raise"))):
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
-        seconds = None if window == "clip" else float(window)
-        if min(seconds or 0, every) < 0 or (every and seconds == 0):
+        try:
+            seconds = None if window == "clip" else float(window)
+        except (TypeError, ValueError):
+            raise ConfigError(f'window is {window!r}; it is a number of seconds, or "clip"') from None
+        finite = math.isfinite(seconds or 0) and math.isfinite(every)
+        if not finite or min(seconds or 0, every) < 0 or (every and seconds == 0):
             raise ConfigError(f"window and every are seconds, every needs a window; got {window} and {every:g}")
         if batch_size < 1 or top < 1:
             raise ConfigError(f"batch_size and top must be at least 1, got {batch_size} and {top}")
@@ -105,7 +110,7 @@ class Predictor:
         self.preprocess: Preprocess = with_views(preprocess, clips, crops)
         self.views, self.window, self.every = view_count(self.preprocess), seconds, every
         if seconds != 0 and not self.preprocess.frames:
-            raise ConfigError("a window is a part of a video; this model takes pictures")
+            raise ConfigError("this model takes pictures: windows, streams (addresses and pipes) and drawing are for videos")
         self.device = pick_device(device)
         self.precision = pick_precision(precision, self.device)
         self.batch_size, self.top, self.errors = batch_size, min(top, count), errors

@@ -125,6 +125,8 @@ def record_attention(
         if len(wanted) < len(sites):
             missing = [name for name in sites if name not in known]
             raise ValueError(f"no attention site {missing[0]!r}; this model has: {', '.join(known) or 'none'}")
+    if not known:
+        raise ValueError("this model has no attention to record")
     if not wanted:
         raise ValueError(f"no attention site matches {sites!r}; this model has: {', '.join(known) or 'none'}")
     maps: dict[str, Tensor] = {}

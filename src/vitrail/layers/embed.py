@@ -73,7 +73,7 @@ def size_problem(size: tuple[int, int], multiple: tuple[int, int]) -> str:
     if all(side > 0 and side % step == 0 for side, step in zip(size, multiple, strict=True)):
         return ""
     lower = tuple(max(step, side // step * step) for side, step in zip(size, multiple, strict=True))
-    upper = tuple(-(-side // step) * step for side, step in zip(size, multiple, strict=True))
+    upper = tuple(max(step, -(-side // step) * step) for side, step in zip(size, multiple, strict=True))
     options = f"{lower[0]}x{lower[1]}" + (f" or {upper[0]}x{upper[1]}" if upper != lower else "")
     return (
         f"image size {size[0]}x{size[1]} is not divisible by the patch {multiple[0]}x{multiple[1]}; "

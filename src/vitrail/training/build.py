@@ -9,9 +9,9 @@ from typing import Any
 from vitrail.checkpoints import load_model
 from vitrail.checkpoints import pretrained as published
 from vitrail.checkpoints.pretext import needs_labels
-from vitrail.config import ConfigError, ModelCard, Preprocess, RunConfig, replace_dotted, to_dict, unknown
+from vitrail.config import ConfigError, ModelCard, Preprocess, RunConfig, convert, replace_dotted, to_dict, unknown
 from vitrail.data import Data
-from vitrail.models import MODELS, Model, build
+from vitrail.models import MODELS, Model, build, family_of
 
 from .teacher import Teacher
 
@@ -22,18 +22,29 @@ def build_model(config: RunConfig, explicit: frozenset[str], classes: tuple[str,
     Raises ConfigError where settings contradict each other or the weights, CheckpointError for weights that cannot be read.
     """
     changes: dict[str, Any] = {**config.overrides, "num_classes": len(classes)}
-    if config.input.image_size is not None:
-        changes["image_size"] = config.input.image_size
-    if config.input.channels is not None:
-        changes["in_channels"] = config.input.channels
-    if config.input.frames is not None:
-        changes["frames"] = config.input.frames
+    for name, setting in (("image_size", "image_size"), ("in_channels", "channels"), ("frames", "frames")):
+        wish = getattr(config.input, setting)
+        if wish is None:
+            continue
+        if name in changes and convert(type(wish) if name != "image_size" else tuple[int, int], changes[name], name) != wish:
+            raise ConfigError(f"{setting} is {wish}, but {name} is set to {changes[name]} as well: give one of them")
+        changes[name] = wish
     if config.transfer.inflate:
         return _from_pictures(config, changes)
     if source := start_weights(config):
-        model = load_model(source, **changes)
+        clips = config.model in MODELS and "frames" in to_dict(MODELS[config.model]) and "model" in explicit
+        hint = "; an image ViT becomes a video model by inflate (--inflate central_frame)" if clips else ""
+        try:
+            model = load_model(source, **changes)
+        except ValueError as problem:
+            if hint and "'frames'" in str(problem):
+                raise ConfigError(f"{problem}{hint}") from None
+            raise
         if config.init_from and config.model not in ("", model.name) and "model" in explicit:
-            raise ConfigError(f"init_from is a {model.name or model.family}, model says {config.model}: give one of them")
+            raise ConfigError(
+                f"init_from is a {model.name or model.family}, model says {config.model}: give one of them"
+                f"{'' if model.takes_clips else hint}"
+            )
         if model.card is None or model.card.classes != classes:
             model.reset_head(len(classes))
         return model
@@ -48,8 +59,8 @@ def _from_pictures(config: RunConfig, changes: dict[str, Any]) -> Model:
     """A video model that starts from an image ViT; its head is new."""
     if not config.init_from:
         raise ConfigError("inflate says how an image ViT becomes a video model, but no weights are named: give --from")
-    if config.model not in MODELS or "frames" not in to_dict(MODELS[config.model]):
-        raise ConfigError(f"inflate makes a ViViT or a TimeSformer of an image ViT; {config.model} takes no clips")
+    if config.model not in MODELS or family_of(MODELS[config.model]) not in ("vivit", "timesformer"):
+        raise ConfigError(f"inflate makes a ViViT or a TimeSformer of an image ViT; {config.model} is neither")
     typed = replace_dotted(MODELS[config.model], changes)  # lists of a settings file become tuples
     wishes = {name: getattr(typed, name) for name in changes}
     return load_model(config.init_from, as_video=config.model, kernel=config.transfer.inflate, **wishes)
@@ -73,6 +84,11 @@ def settle_preprocess(config: RunConfig, model: Model) -> Preprocess:
     wishes = {f.name: getattr(config.input, f.name) for f in dataclasses.fields(config.input)}
     wishes |= {"image_size": tuple(model.config.image_size), "channels": model.config.in_channels}
     wishes["frames"] = model.input_shape[1] if model.takes_clips else 0
+    if given := [name for name in ("sampling", "stride", "fps", "clips", "crops") if wishes[name] is not None]:
+        if not model.takes_clips:
+            raise ConfigError(f"{model.name or model.family} takes pictures; {given[0]} is a setting of videos")
+        if wishes["sampling"] is None and {"stride", "fps"} & set(given):
+            wishes["sampling"] = "dense"  # an image model that was inflated would see frames spread over the video
     return dataclasses.replace(base, **{name: value for name, value in wishes.items() if value is not None})
 
 

@@ -77,7 +77,7 @@ def rehearse(job: Job, stream: Iterator[Batch]) -> tuple[Rehearsal, Generator[Ba
     state.optimizer.zero_grad(set_to_none=True)
     measured = job.ranks.agree(Rehearsal(float(np.median(micro)), float(np.median(wait)), update, picture))
     synchronise(device)
-    return measured, hand_out(held, stream)
+    return measured, hand_out([batch._replace(wait=0.0) for batch in held], stream)  # no step waits for these any more
 
 
 def hand_out(held: list[Batch], stream: Iterator[Batch]) -> Generator[Batch]:

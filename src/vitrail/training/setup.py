@@ -30,6 +30,7 @@ from vitrail.cost import memory_format, pick_precision
 from vitrail.data import Data, ImageDataset, TrainLoader, open_data
 from vitrail.data.embedded import NAMES as EMBEDDED
 from vitrail.data.images import DecodeMode
+from vitrail.limits import check_limits
 from vitrail.models.deit import BothLogits, DeiT
 from vitrail.models.pretext import Pretext
 
@@ -77,6 +78,7 @@ def resolve(config: RunConfig | None, data: Any, settings: Mapping[str, Any], re
     """
     named = {**settings, **({"data": str(data)} if isinstance(data, (str, Path)) else {})}
     given = replace_flat(config or RunConfig(), named)
+    check_limits(flat(given))
     if given.data and given.data not in EMBEDDED:
         given = dataclasses.replace(given, data=str(Path(given.data).expanduser().absolute()))
     if given.init_from and Path(given.init_from).expanduser().exists():
