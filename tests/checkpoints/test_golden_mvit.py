@@ -8,6 +8,7 @@ from tests import golden, proofs
 
 from vitrail.checkpoints import CheckpointError, load_model, save_model
 from vitrail.checkpoints.mapping import write
+from vitrail.checkpoints.parity import check_written
 from vitrail.checkpoints.store import SOURCES
 from vitrail.models import MODELS, create_model
 
@@ -142,3 +143,11 @@ def test_another_size_resizes_the_tables(case_id: str, capsys) -> None:
 def test_what_a_project_cannot_hold(name: str, format: str, settings: dict, message: str, tmp_path) -> None:
     with pytest.raises(CheckpointError, match=message):
         save_model(create_model(name, **settings), tmp_path / "out", format=format)
+
+
+def test_what_a_format_does_not_say_is_named_when_answers_differ(tmp_path) -> None:
+    model = create_model("mvit_micro")
+    torch.nn.init.normal_(model.head.linear.weight)
+    written = check_written(model, save_model(model, tmp_path / "out", format="pyslowfast"), "pyslowfast")
+    assert not written.agrees
+    assert "does not say key_strides=((1, 4, 4), (1, 2, 2)) (read as " in "\n".join(written.lines())

@@ -113,7 +113,7 @@ def test_all_samples_are_judged_but_those_a_run_was_trained_on(picture_folder: P
     shutil.copytree(picture_folder, tmp_path / "new")
     for model, data in ((run, tmp_path / "new"), (model_for(), picture_folder)):
         whole = evaluate(model, data, device="cpu", progress=False)
-        assert whole.metrics["n"] == number
+        assert (whole.split, whole.metrics["n"]) == ("all", number)
         assert not whole.notes
     assert evaluate(run, tmp_path / "new", split="val", device="cpu", progress=False).metrics["n"] < number
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tests.clipnet import ClipConfig, ClipNet
 from tests.data.videos import frames, write_video
 
@@ -51,6 +52,21 @@ def test_a_folder_of_videos(folder: Path) -> None:
     assert dict(answers[1].top) == pytest.approx(dict(zip("abc", expected.tolist(), strict=True)), abs=1e-6)
     small = predictor(clips=2, crops=3, batch_size=4)(folder)
     assert [dict(answer.top) for answer in small[:3]] == [pytest.approx(dict(answer.top), abs=1e-6) for answer in answers[:3]]
+
+
+def test_folders_of_frames(folder: Path, tmp_path: Path) -> None:
+    """A folder of pictures is a clip where there are no videos, its frames in the order of their numbers."""
+    pixels = frames(12, (24, 32), 0)
+    for name in ("one", "two"):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+        for number, frame in enumerate(pixels):
+            Image.fromarray(frame).save(tmp_path / "clips" / name / f"f{number}.png")
+    ask = predictor()
+    found = ask(tmp_path / "clips")
+    assert [Path(answer.path).name for answer in found] == ["one", "two"]
+    assert found[0].top == found[1].top == ask(tmp_path / "clips" / "one")[0].top
+    assert dict(found[0].top) == pytest.approx(dict(ask(pixels)[0].top), abs=1e-6)
+    assert [answer.start for answer in predictor(window=0.2)(tmp_path / "clips" / "one")][:2] == [0.0, 0.2]
 
 
 def test_videos_in_memory(folder: Path) -> None:

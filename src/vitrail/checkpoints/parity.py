@@ -19,6 +19,7 @@ from .io import read_state
 from .mapping import CheckpointError
 from .store import SOURCES, load_model
 
+_OF_TRAINING = ("dropout", "drop_path", "init")
 TOLERANCE = 1e-4  # of the largest answer; float32 sums in another order differ by about 1e-6
 
 
@@ -33,6 +34,7 @@ class Parity:
     peer: str = ""  # name and version, "" where none was asked
     peer_difference: float | None = None
     remark: str = ""  # why no peer was asked, or what it says
+    guessed: tuple[str, ...] = ()  # settings that the format does not say and that were read back as others
 
     @property
     def agrees(self) -> bool:
@@ -48,6 +50,8 @@ class Parity:
         ]
         if self.peer_difference is not None:
             found.append(f"{self.peer:<12} loads it strictly; largest difference {self.peer_difference:.1e}")
+        if self.guessed and not self.agrees:
+            found.append(f"differs      the format does not say {'; '.join(self.guessed)}: give them to whoever reads it")
         return found + ([f"peer         {self.remark}"] if self.remark else [])
 
 
@@ -65,7 +69,8 @@ def check_written(model: Model, path: Path, format: str) -> Parity:
     back = load_model(path, quiet=True, **hints)
     own = set(model.state_dict())
     difference = float((_answer(back, x) - want).abs().max())
-    parity = Parity(len(state), sum(name not in own for name in state), float(want.abs().max()), difference)
+    renamed, guessed = sum(name not in own for name in state), _guessed(model.config, back.config)
+    parity = Parity(len(state), renamed, float(want.abs().max()), difference, guessed=guessed)
     try:
         peer, name, remark = _peer(model, path, format)
         theirs = (
@@ -76,6 +81,13 @@ def check_written(model: Model, path: Path, format: str) -> Parity:
     if theirs is None or theirs.shape != want.shape:
         return dataclasses.replace(parity, remark=remark if theirs is None else f"{name} answers in another form")
     return dataclasses.replace(parity, peer=name, peer_difference=float((theirs - want).abs().max()))
+
+
+def _guessed(config: Any, read: Any) -> tuple[str, ...]:
+    """Settings of the architecture that were read back as others: "name=value (read as other)"."""
+    before, after = vars(config), vars(read)
+    differ = [name for name in before if name in after and before[name] != after[name] and name not in _OF_TRAINING]
+    return tuple(f"{name}={before[name]} (read as {after[name]})" for name in differ)
 
 
 def _heads(model: Model) -> Any:

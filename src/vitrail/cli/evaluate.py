@@ -66,6 +66,7 @@ def run(words: Sequence[str]) -> None:
     if arguments.json:
         show.as_json(report.to_dict())
         return
+    print(f"{'split':<20}{report.split}")
     print(report)
     if arguments.per_class:
         columns = list(report.per_class[0])

@@ -28,6 +28,7 @@ from vitrail.models import Model
 from vitrail.models.deit import DeiT, check_prediction
 
 SPLITS = ("test", "val", "train")
+ALL = "all"  # of data without splits that the model was not trained on
 PLAIN_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -143,6 +144,7 @@ def evaluate(
     """
     run = None if isinstance(model, Model) else _run_of(model)
     seen: tuple[str, ...] = ()
+    everything = False
     model = model if isinstance(model, Model) else load_model(model)
     card = model.card
     classes = tuple(card.classes) if card and card.classes else None
@@ -150,7 +152,7 @@ def evaluate(
         opened = data
     else:
         config, trained_on = _data_config(settings, bool(card and card.multi_label), run, data)
-        if not (split or trained_on or "val_fraction" in settings):
+        if everything := not (split or trained_on or "val_fraction" in settings):
             config = dataclasses.replace(config, val_fraction=0.0)
         opened = open_data(data, config, classes=classes)
         seen = tuple(note for note in opened.notes if trained_on and "held out" in note)
@@ -177,7 +179,8 @@ def evaluate(
         )
     report = classification_report(outputs.logits, outputs.targets, opened.classes, opened.multi_label, seed)
     notes = report.notes + (seen if name != "test" else ()) + ((dataset.bad.summary(),) if len(dataset.bad) else ())
-    return dataclasses.replace(report, split=name, notes=notes, outputs=outputs)
+    called = ALL if everything and list(opened.splits()) == ["train"] else name
+    return dataclasses.replace(report, split=called, notes=notes, outputs=outputs)
 
 
 @contextmanager

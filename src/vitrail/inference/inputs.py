@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from vitrail.config import DataConfig
 from vitrail.data.embedded import BIKES, FILM
 from vitrail.data.footage import Footage, as_footage
 from vitrail.data.listing import PICTURE_SUFFIXES, is_picture_name
 from vitrail.data.live import Stream, is_stream
-from vitrail.data.stores import Picture, as_picture
+from vitrail.data.stores import FrameFolderStore, Picture, as_picture
 from vitrail.data.video import VIDEO_SUFFIXES, is_video_name
 
 Input: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray | Tensor
@@ -49,7 +50,8 @@ def expand(inputs: Input | Iterable[Input], videos: bool = False) -> Iterator[As
     """Every picture (or video) that `inputs` stand for, in order, found while it is asked for.
 
     A folder stands for the pictures in it and below, a pattern for the pictures it matches, both sorted by name; "-" for
-    the paths on stdin, one a line (or between zero bytes); an address or a pipe for a stream. Pictures in memory are called
+    the paths on stdin, one a line (or between zero bytes); an address or a pipe for a stream. Where videos are asked for and a
+    folder holds pictures only, each folder of them is a clip of 25 frames a second. Pictures in memory are called
     #0, #1, ... by their place; "bikes" is the embedded film. A path that leads to nothing is answered with an error in its
     place.
     """
@@ -83,6 +85,8 @@ def _paths(text: str, kind: Kind) -> Iterator[Asked]:
     elif is_stream(text):
         stream = Stream(text) if kind is VIDEOS else None
         yield Asked(text, stream, "" if stream else "a stream is a video; this model takes pictures")
+    elif os.path.isdir(text) and kind is VIDEOS and not any(_walk(text, VIDEOS)) and any(_walk(text, PICTURES)):
+        yield from _frame_folders(text)
     elif os.path.isdir(text):
         yield from _found(_walk(text, kind), text, f"a folder without {kind.noun}s (files ending in {_endings(kind)})")
     elif glob.has_magic(text) and not os.path.lexists(text):
@@ -111,6 +115,12 @@ def _walk(folder: str, kind: Kind) -> Iterator[str]:
         for name in sorted(files):
             if kind.named(name) and not name.startswith("."):
                 yield str(Path(here) / name)
+
+
+def _frame_folders(folder: str) -> Iterator[Asked]:
+    """Every folder that holds pictures, as the frames of a clip."""
+    for here in dict.fromkeys(str(Path(path).parent) for path in _walk(folder, PICTURES)):
+        yield Asked(here, FrameFolderStore(here, ["."], DataConfig.frame_rate, is_picture_name).read(0))
 
 
 def _endings(kind: Kind) -> str:
