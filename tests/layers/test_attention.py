@@ -86,7 +86,7 @@ def test_recording_some_sites_with_gradients() -> None:
     ("name", "sites"), [("resnet_micro", None), ("vit_micro_patch4_16", "time"), ("vit_micro_patch4_16", ["x"])]
 )
 def test_nothing_to_record_is_an_error(name: str, sites: object) -> None:
-    with pytest.raises(ValueError, match="no attention site"), record_attention(create_model(name), sites=sites):
+    with pytest.raises(ValueError, match="no attention"), record_attention(create_model(name), sites=sites):
         pass
 
 

@@ -72,6 +72,9 @@ def joined_ranks(device: str) -> Iterator[Ranks]:
     Under torchrun "auto" and "cuda" mean the accelerator of the local rank. The process group is closed at the end. Raises
     ValueError for a device that is not there.
     """
+    # In a forked process the first call renews a pool of torch's; were it left to the threads of augmentation and autograd,
+    # two at once would end the process ("Invalid thread pool", torch 2.15).
+    torch.set_num_threads(torch.get_num_threads())
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
