@@ -40,7 +40,7 @@ LIMITS: dict[str, Limits] = {
     # input
     "channels": _ONE_OR_MORE, "crop_fraction": _DECAY, "frames": _ONE_OR_MORE, "stride": _ONE_OR_MORE, "fps": _COUNT,
     "clips": _ONE_OR_MORE, "crops": _ONE_OR_MORE,
-    # objective, teacher, transfer, pretext
+    # objective, teacher, transfer
     "label_smoothing": _SHARE, "balance_power": _COUNT, "distill_weight": _SHARE, "distill_temperature": _POSITIVE,
     "lora_rank": _COUNT, "lora_alpha": _COUNT,
     # optimiser
@@ -60,4 +60,4 @@ def check_limits(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         limits = LIMITS.get(name)
         if limits is not None and value is not None and not limits.hold(value):
-            raise ConfigError(f"{name} is {value:g}; it must be {limits}")
+            raise ConfigError(f"{name} is {value:g}; it must be {limits}" + ("" if math.isfinite(value) else ", and finite"))

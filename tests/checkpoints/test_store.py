@@ -323,3 +323,16 @@ def test_a_head_that_the_weights_lack_starts_as_ever() -> None:
     torch.manual_seed(0)
     built = build_for(known, fresh.config, "")
     assert all(torch.equal(a, b) for a, b in zip(built.parameters(), fresh.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.8])
+def test_transformers_crop_as_we_do(tmp_path, fraction: float) -> None:
+    """Also where the input is wider than high: the picture that is cut is larger by the crop fraction on both sides."""
+    model = random_model("vit_micro_patch4_16", image_size=(16, 32))
+    model.card = ModelCard(preprocess=Preprocess((16, 32), crop_fraction=fraction))
+    save_model(model, tmp_path / "out", format="transformers")
+    written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert written["crop_size"] == {"height": 16, "width": 32}
+    assert written["size"] == {"height": round(16 / fraction), "width": round(32 / fraction)}
+    read = load_model(tmp_path / "out", quiet=True, heads=4, image_size=(16, 32)).card.preprocess
+    assert (read.fit, read.crop_fraction) == ("crop", fraction)

@@ -102,7 +102,10 @@ def test_a_file_and_a_recipe_are_starting_points(asked: list[tuple[RunConfig, di
         ("digits --lr nan", "lr is nan; it must be at least 0"),
         ("digits --model vit_micro_patch4_16 --image-size 0", "nearest valid: 4x4 (height"),
         ("digits --model vit_micro_patch4_16 --crops 3", "crops is a setting of videos"),
-        ("motion --model vivit_micro --frames 4 --set frames=8", "frames is 4, but frames is set to 8 as well"),
+        (
+            "motion --model vivit_micro --frames 4 --set frames=8",
+            "frames is 4, but overrides (--set) say frames=8: set it by --frames alone",
+        ),
         ("motion --model mvit_micro --from nothing --inflate average", "mvit_micro is neither"),
     ],
 )

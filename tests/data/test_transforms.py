@@ -169,7 +169,7 @@ def test_a_scaled_box_decodes_no_more_than_it_needs_and_never_less(monkeypatch: 
 
 
 def test_colour_is_enlarged_plainly_only_where_the_picture_is_reduced() -> None:
-    """Of a scaled box: by a third or more, yet not so far that the decoder reduces it."""
+    """Of a scaled box: to 0.7 or less, yet not so far that the decoder reduces it."""
     patches = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
     image = open_image(encode(patches, "JPEG", quality=90, subsampling="4:2:0"))
     for side, plain in ((60, False), (91, False), (93, True), (160, True)):

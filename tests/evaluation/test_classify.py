@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,12 @@ def test_all_samples_are_judged_but_those_a_run_was_trained_on(picture_folder: P
         whole = evaluate(model, data, device="cpu", progress=False)
         assert (whole.split, whole.metrics["n"]) == ("all", number)
         assert not whole.notes
+    seen = model_for()
+    seen.card = replace(seen.card, provenance=(f"trained by vitrail on {picture_folder.name}, seed 0",))
+    assert evaluate(seen, picture_folder, device="cpu", progress=False).split == "val"  # as the card tells
+    link = tmp_path / "link"
+    link.symlink_to(picture_folder)
+    assert evaluate(run, link, device="cpu", progress=False).metrics == held.metrics
     assert evaluate(run, tmp_path / "new", split="val", device="cpu", progress=False).metrics["n"] < number
 
 

@@ -83,10 +83,15 @@ def test_recording_some_sites_with_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "sites"), [("resnet_micro", None), ("vit_micro_patch4_16", "time"), ("vit_micro_patch4_16", ["x"])]
+    ("name", "sites", "message"),
+    [
+        ("resnet_micro", None, "this model has no attention to record"),
+        ("vit_micro_patch4_16", "time", "no attention site matches 'time'; this model has: blocks.0"),
+        ("vit_micro_patch4_16", ["x"], "no attention site 'x'; this model has: blocks.0"),
+    ],
 )
-def test_nothing_to_record_is_an_error(name: str, sites: object) -> None:
-    with pytest.raises(ValueError, match="no attention"), record_attention(create_model(name), sites=sites):
+def test_nothing_to_record_is_an_error(name: str, sites: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message), record_attention(create_model(name), sites=sites):
         pass
 
 

@@ -205,7 +205,7 @@ def _read_torch(path: Path) -> tuple[State, dict[str, str]]:
     with path.open("rb") as file:
         begins = file.read(2)
     if begins != b"PK" and begins[:1] != b"\x80":  # a zip archive, or a pickle of protocol 2 and later
-        raise CheckpointError(f"{path}: not a checkpoint (it is neither a safetensors, an .npz nor a torch file)")
+        raise CheckpointError(f"{path}: not a checkpoint (it is no safetensors, .npz, flax or torch file)")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
             warnings.simplefilter("ignore")  # an odd pickle protocol ends in one of the errors below

@@ -131,7 +131,7 @@ def transformers_files(config: Any, card: ModelCard, settings: dict[str, Any], p
     p = card.preprocess or Preprocess(image_size=config.image_size)
     classes = card.classes or tuple(f"LABEL_{i}" for i in range(config.num_classes))
     side = dict(zip(("height", "width"), p.image_size, strict=True))
-    resized = round(p.image_size[0] / p.crop_fraction)
+    resized = {name: round(pixels / p.crop_fraction) for name, pixels in side.items()}
     crops = p.fit == "crop"
     return {
         "config.json": settings
@@ -139,7 +139,7 @@ def transformers_files(config: Any, card: ModelCard, settings: dict[str, Any], p
         "preprocessor_config.json": {
             "image_processor_type": processor,
             "do_resize": True,
-            "size": {"height": resized, "width": resized} if crops else side,
+            "size": resized if crops else side,
             "resample": {"nearest": 0, "bilinear": 2, "bicubic": 3}[p.interpolation],
             "do_center_crop": crops,
             **({"crop_size": side} if crops else {}),

@@ -13,7 +13,7 @@ from vitrail.cli.parse import parse
 from vitrail.config import DataConfig
 
 EXAMPLES = """\
-vitrail eval runs/photos-vit_tiny_patch16_224 photos/                the test split, or validation where there is none
+vitrail eval runs/photos-vit_tiny_patch16_224 photos/                the test split, or what the run held out
 vitrail eval runs/photos-vit_tiny_patch16_224 photos/ --split val --per-class
 vitrail eval runs/photos-deit_tiny_distilled_patch16_224 photos/ --prediction distillation
 vitrail eval model.safetensors table.csv --image-column file --json > result.json"""
@@ -27,7 +27,7 @@ class Arguments:
     """A run directory, a checkpoint, or a folder with one."""
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """A folder, table, tar shards, Arrow data set or embedded set with the classes of the model."""
-    split: Literal["auto", "test", "val", "train"] = "auto"  # auto: test where there is one, then val, then train
+    split: Literal["auto", "test", "val", "train"] = "auto"  # auto: test where there is one, then val; all of other data
     prediction: Literal["auto", "joint", "class", "distillation"] = "auto"  # which heads of a distilled DeiT answer
     per_class: bool = False  # print precision, recall and F1 of each class too
     json: bool = False  # print everything as JSON
@@ -47,8 +47,8 @@ def run(words: Sequence[str]) -> None:
     from vitrail.evaluation.classify import evaluate
 
     # Only what was set: the rest (one label or several) comes with the model.
-    settings = {f.name: getattr(arguments.data_config, f.name) for f in dataclasses.fields(DataConfig)}
-    settings = {name: value for name, value in settings.items() if value != getattr(DataConfig(), name)}
+    given = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
+    settings = {f.name: getattr(arguments.data_config, f.name) for f in dataclasses.fields(DataConfig) if f.name in given}
     report = evaluate(
         arguments.model,
         arguments.data,

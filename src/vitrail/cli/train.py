@@ -70,7 +70,8 @@ def run(words: Sequence[str]) -> None:
     arguments = parse(Arguments, words, prog="vitrail train", examples=EXAMPLES, default=defaults)
     from vitrail.runs import train
 
-    if arguments.resume and arguments.out and Path(arguments.out).absolute() != Path(arguments.resume).absolute():
+    named = any(word.partition("=")[0] == "--out" for word in words)
+    if arguments.resume and named and Path(arguments.out).absolute() != Path(arguments.resume).absolute():
         raise ConfigError(f"a run goes on where it is: --out {arguments.out} is not --resume {arguments.resume}")
     run = train(base, resume=arguments.resume or False, **explicit(words, arguments, base))
     if run.config.report and run.is_main:

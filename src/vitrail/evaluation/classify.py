@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from vitrail.checkpoints import load_model
-from vitrail.config import ConfigError, DataConfig, Preprocess, RunConfig, load, unknown
+from vitrail.config import ConfigError, DataConfig, ModelCard, Preprocess, RunConfig, load, unknown
 from vitrail.cost import autocast, memory_format, pick_device, pick_precision
 from vitrail.data import Batch, Data, ImageDataset, eval_batches, open_data
 from vitrail.data.clips import average_views, view_count, with_views
@@ -136,26 +136,20 @@ def evaluate(
     data: anything a run takes (a path, the name of an embedded set, a torch Dataset, [(path, label), ...]) or opened `Data`;
     `settings` are fields of `DataConfig`; where a run is judged on the data it was trained on, its own are the defaults.
     split: test, val or train; "" is test where there is one, then val, then train. A validation split is cut only from data
-    that the run was trained on, or where split asks for it: of other data without named splits all samples are judged.
+    that the model was trained on (as its run or its card says), or where split or val_fraction asks for it: of other data
+    without named splits all samples are judged, and the report calls that split "all".
     clips, crops: views of a video, in time and space, whose probabilities are averaged; by default what the model's card says.
     The classes must be those of the checkpoint: a data set that differs is refused and the difference named (ConfigError).
     prediction: of a distilled DeiT, which heads answer: joint, class or distillation; "" is as the model says.
     Unreadable pictures are left out, counted and named in the report's notes, or refused with bad_files="refuse".
     """
-    run = None if isinstance(model, Model) else _run_of(model)
-    seen: tuple[str, ...] = ()
-    everything = False
+    run = _run_of(model) if isinstance(model, (str, Path)) else None
     model = model if isinstance(model, Model) else load_model(model)
     card = model.card
-    classes = tuple(card.classes) if card and card.classes else None
     if isinstance(data, Data):
-        opened = data
+        opened, held_out, everything = data, False, False
     else:
-        config, trained_on = _data_config(settings, bool(card and card.multi_label), run, data)
-        if everything := not (split or trained_on or "val_fraction" in settings):
-            config = dataclasses.replace(config, val_fraction=0.0)
-        opened = open_data(data, config, classes=classes)
-        seen = tuple(note for note in opened.notes if trained_on and "held out" in note)
+        opened, held_out, everything = _opened(data, split, settings, card or ModelCard(), run)
     _check_fit(model, opened)
     dataset, name = _choose(opened, split)
     preprocess = (card.preprocess if card else None) or Preprocess(
@@ -178,8 +172,9 @@ def evaluate(
             progress=f"evaluating {name}" if progress else None,
         )
     report = classification_report(outputs.logits, outputs.targets, opened.classes, opened.multi_label, seed)
-    notes = report.notes + (seen if name != "test" else ()) + ((dataset.bad.summary(),) if len(dataset.bad) else ())
-    called = ALL if everything and list(opened.splits()) == ["train"] else name
+    told = tuple(note for note in opened.notes if held_out and name != "test" and "held out" in note)
+    notes = report.notes + told + ((dataset.bad.summary(),) if len(dataset.bad) else ())
+    called = ALL if everything and list(opened.splits()) == ["train"] else name  # nothing tells its samples apart
     return dataclasses.replace(report, split=called, notes=notes, outputs=outputs)
 
 
@@ -204,23 +199,40 @@ def _answering_by(model: Model, prediction: str) -> Iterator[None]:
 def _run_of(path: str | Path) -> RunConfig | None:
     """The settings of the training run that a path is, or lies in."""
     here = Path(path).expanduser()
-    for folder in (here, *here.absolute().parents[:2]):
+    for folder in (here, *here.absolute().parents[:3]):
         if (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file():
             with suppress(ConfigError, OSError):
                 return load(RunConfig, folder / "config.yaml")
     return None
 
 
-def _data_config(settings: dict[str, Any], multi_label: bool, run: RunConfig | None, data: Any) -> tuple[DataConfig, bool]:
-    """How the data is read, and whether the run was trained on it: then as it was then, so that the same part is held out."""
+def _opened(data: Any, split: str, settings: dict[str, Any], card: ModelCard, run: RunConfig | None) -> tuple[Data, bool, bool]:
+    """The data, whether the model was trained on it, and whether all of it is to be judged.
+
+    It was trained on where the run says so, or where the card tells of training on data of that name: better too few samples
+    judged than some that were seen. It is then read as it was then, so that the same part is held out.
+    """
     names = [f.name for f in dataclasses.fields(DataConfig)]
     for name in settings:
         if name not in names:
             raise unknown("setting", name, names)
-    if run is not None and isinstance(data, (str, Path)) and run.data in (str(data), str(Path(data).expanduser().absolute())):
-        as_then = dataclasses.replace(run.data_config, workers=-1, decode="auto", unlabelled=False)
-        return dataclasses.replace(as_then, **settings), True
-    return DataConfig(**{"multi_label": multi_label, **settings}), False
+    classes = tuple(card.classes) or None
+    as_asked = DataConfig(**{"multi_label": card.multi_label, **settings})
+    as_then = as_asked
+    if run is not None:
+        free = {"workers": -1, "decode": "auto", "unlabelled": False}
+        as_then = dataclasses.replace(run.data_config, **{**free, **settings})
+    same = run is not None and isinstance(data, (str, Path)) and _one_place(run.data, data)
+    if not same and not split and "val_fraction" not in settings:
+        whole = open_data(data, dataclasses.replace(as_asked, val_fraction=0.0), classes=classes)
+        same = any(f"by vitrail on {whole.name}, " in line for line in card.provenance)
+        if not same:
+            return whole, False, not as_asked.train_split
+    return open_data(data, as_then if same else as_asked, classes=classes), same, False
+
+
+def _one_place(stored: str, data: str | Path) -> bool:
+    return bool(stored) and (stored == str(data) or Path(stored).resolve() == Path(data).expanduser().resolve())
 
 
 def _check_fit(model: Model, data: Data) -> None:

@@ -57,7 +57,7 @@ class Report:
     calibration: list[CalibrationBin]
     classes: tuple[str, ...]
     multi_label: bool = False
-    split: str = ""  # of the data set; "all" of one without splits
+    split: str = ""  # of the data set; "all" of one that has nothing else
     notes: tuple[str, ...] = field(default=())
     outputs: Outputs | None = field(default=None, repr=False, compare=False)  # not saved
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vitrail.checkpoints import create_model, load_model
 from vitrail.checkpoints import pretrained as published
+from vitrail.checkpoints.hub import is_remote
 from vitrail.checkpoints.weights import SUFFIXES
 from vitrail.config import ConfigError, DataConfig, Preprocess, nearest, unknown
 from vitrail.cost import count_flops, count_parameters, pick_device, pick_precision
@@ -129,7 +130,7 @@ def check_backbone(source: Any) -> None:
     name, _, tag = str(source).partition(".")
     if name in MODELS:
         published.choose(name, tag)
-    elif "/" not in str(source):  # of the hub or an address only the network knows
+    elif not is_remote(str(source)):  # what is there, only the network knows
         raise ConfigError(f"{source}: no such file, folder or model; nearest: {', '.join(nearest(str(source), MODELS))}")
 
 

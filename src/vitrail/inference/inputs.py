@@ -79,7 +79,7 @@ def _in_memory(item: Any, name: str, kind: Kind) -> Asked:
 def _paths(text: str, kind: Kind) -> Iterator[Asked]:
     if text == STDIN:
         for line in sys.stdin:
-            for path in line.rstrip("\r\n").split("\0"):  # as find -print0 writes them
+            for path in line.rstrip("\r\n").split("\0"):
                 if path:
                     yield from _paths(path, kind)
     elif is_stream(text):

@@ -108,7 +108,8 @@ def _context(run: RunRecord, model: Model, data: Data | None, report: Report) ->
 
 def _gallery(data: Data, report: Report, preprocess: Preprocess) -> pictures.Gallery:
     """The pictures behind an evaluation. Raises ConfigError if it is one of other pictures."""
-    dataset, outputs = getattr(data, report.split), report.outputs
+    dataset: Any = getattr(data, report.split, None)
+    outputs = report.outputs
     assert outputs is not None
     fits = dataset is not None and (not len(outputs.indices) or int(outputs.indices.max()) < len(dataset))
     if not fits or not torch.equal(torch.from_numpy(dataset.targets)[outputs.indices], outputs.targets):

@@ -128,7 +128,7 @@ def record_attention(
     if not known:
         raise ValueError("this model has no attention to record")
     if not wanted:
-        raise ValueError(f"no attention site matches {sites!r}; this model has: {', '.join(known) or 'none'}")
+        raise ValueError(f"no attention site matches {sites!r}; this model has: {', '.join(known)}")
     maps: dict[str, Tensor] = {}
 
     def receiver(name: str) -> Callable[[Tensor], None]:

@@ -27,7 +27,8 @@ def build_model(config: RunConfig, explicit: frozenset[str], classes: tuple[str,
         if wish is None:
             continue
         if name in changes and convert(type(wish) if name != "image_size" else tuple[int, int], changes[name], name) != wish:
-            raise ConfigError(f"{setting} is {wish}, but {name} is set to {changes[name]} as well: give one of them")
+            flag = f"--{setting.replace('_', '-')}"
+            raise ConfigError(f"{setting} is {wish}, but overrides (--set) say {name}={changes[name]}: set it by {flag} alone")
         changes[name] = wish
     if config.transfer.inflate:
         return _from_pictures(config, changes)
