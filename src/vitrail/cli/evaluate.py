@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from vitrail.cli.parse import parse
+from vitrail.cli.parse import flags_in, parse
 from vitrail.config import DataConfig
 
 EXAMPLES = """\
@@ -47,7 +47,7 @@ def run(words: Sequence[str]) -> None:
     from vitrail.evaluation.classify import evaluate
 
     # Only what was set: the rest (one label or several) comes with the model.
-    given = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in words}
+    given = flags_in(words)
     settings = {f.name: getattr(arguments.data_config, f.name) for f in dataclasses.fields(DataConfig) if f.name in given}
     report = evaluate(
         arguments.model,

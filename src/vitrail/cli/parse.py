@@ -133,3 +133,9 @@ def _show(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return ",".join(_show(item) for item in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def flags_in(words: Sequence[str]) -> set[str]:
+    """The names of settings that were given as flags, also those given their default; --no-check gives check."""
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return names | {name.removeprefix("no_") for name in names}

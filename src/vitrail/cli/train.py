@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from vitrail.cli.parse import parse, registry
+from vitrail.cli.parse import flags_in, parse, registry
 from vitrail.config import (
     AugmentConfig,
     ConfigError,
@@ -70,8 +70,7 @@ def run(words: Sequence[str]) -> None:
     arguments = parse(Arguments, words, prog="vitrail train", examples=EXAMPLES, default=defaults)
     from vitrail.runs import train
 
-    named = any(word.partition("=")[0] == "--out" for word in words)
-    if arguments.resume and named and Path(arguments.out).absolute() != Path(arguments.resume).absolute():
+    if arguments.resume and "out" in flags_in(words) and Path(arguments.out).absolute() != Path(arguments.resume).absolute():
         raise ConfigError(f"a run goes on where it is: --out {arguments.out} is not --resume {arguments.resume}")
     run = train(base, resume=arguments.resume or False, **explicit(words, arguments, base))
     if run.config.report and run.is_main:
@@ -95,9 +94,9 @@ def starting_point(words: Sequence[str]) -> RunConfig:
 def explicit(words: Sequence[str], arguments: Arguments, base: RunConfig) -> dict[str, Any]:
     """The settings that were given as flags, also those given their default: a preset leaves them alone."""
     values = flat(arguments)
-    flags = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    flags = flags_in(words)
     flags |= {"init_from"} if "from" in flags else set()
-    given = {name: value for name, value in values.items() if {name, f"no_{name}"} & flags and name in flat(base)}
+    given = {name: value for name, value in values.items() if name in flags and name in flat(base)}
     if arguments.data != base.data:
         given["data"] = arguments.data
     if arguments.overrides != base.overrides:
