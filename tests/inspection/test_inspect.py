@@ -79,6 +79,24 @@ def test_two_models_side_by_side(pictures: list[str], tmp_path: Path) -> None:
     assert "between the two" in page.read_text()
 
 
+def test_the_files_of_an_earlier_call_give_way_and_those_of_others_stay(pictures: list[str], tmp_path: Path) -> None:
+    out, model = tmp_path / "out", lively("vit_micro_patch4_16")
+    inspect(model, pictures[:2], out, views=("rollout",), other=lively("vit_micro_patch4_16"))
+    for name in ("mine.txt", "a/mine.txt"):
+        (out / name).write_text("kept")
+    listed = json.loads((out / "inspect.json").read_text())["files"]
+    assert {"inspect.html", "b/rollout.csv", "b/rollout-p0-rollout.png"} <= set(listed)
+    with pytest.raises(ConfigError, match="rollout"):
+        inspect(model, pictures, out, views=("rolout",))
+    assert all((out / name).is_file() for name in listed), "a call that fails leaves what was there"
+    (out / "inspect.json").write_text(json.dumps({"files": [*listed, "../p4.png", str(tmp_path / "p3.png")]}))
+    inspect(model, pictures[2:3], out, views=("filters",))
+    left = {path.relative_to(out).as_posix() for path in out.rglob("*")}
+    assert left == {"a", "a/mine.txt", "mine.txt", "filters.csv", "filters.png", "inspect.html", "inspect.json"}
+    assert Path(pictures[3]).is_file()
+    assert Path(pictures[4]).is_file(), "a list that names files elsewhere removes none of them"
+
+
 def test_a_clip_over_space_and_time(tmp_path: Path) -> None:
     page, _ = inspect(lively("timesformer_micro"), ["motion"], tmp_path / "out", shown=1, measured=2)
     assert {row["axis"] for row in rows(tmp_path / "out" / "distance.csv")} == {"space", "time"}
@@ -116,7 +134,7 @@ def test_weights_alone_and_inputs_that_are_none(tmp_path: Path, capsys: pytest.C
     assert str(tmp_path / "out" / "inspect.html") in said.out
     assert "weights are random" in said.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "filters.csv", "filters.png", "inspect.html", "positions-0.png", "positions.csv",
+        "filters.csv", "filters.png", "inspect.html", "inspect.json", "positions-0.png", "positions.csv",
     ]  # fmt: skip
     assert main(["inspect", "vit_micro_patch4_16", str(tmp_path / "no.png"), "--device", "cpu"]) == 2
     assert "no.png: no such file or folder" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tests.models.counting import measured
 
 from vitrail.layers.features import Features
 from vitrail.layers.position import KINDS, PLACES
-from vitrail.models import FAMILIES, MODELS, Model, create_model, family_of, list_models
+from vitrail.models import FAMILIES, MODELS, Model, build, create_model, family_of, list_models
 
 MICROS = [name for name in MODELS if "_micro" in name]
 # Parameter counts: ViT paper and AugReg (facts checked against timm); ResNet: torchvision's documentation;
@@ -245,6 +247,20 @@ def test_stochastic_depth_and_dropout_are_seeded_and_training_only() -> None:
 def test_wrong_choices_name_the_right_ones(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("name", MICROS)
+def test_numbers_that_no_model_can_have(name: str) -> None:
+    config = MODELS[name]
+    wrong = {"num_classes": (-1, True, 2.5), "in_channels": (0,), "image_size": ((0, 16), (16.5, 16)), "depth": (0, math.inf),
+             "depths": ((2, 0), (2, True)), "drop_path": (1.0, -0.1, math.nan), "norm_eps": (0.0,), "frames": (True, 0),
+             "heads": (0, (0, 2)), "patch": ((0, 4),), "tubelet": ((0, 4, 4),)}  # fmt: skip
+    for field in {f.name for f in dataclasses.fields(config)} & set(wrong):
+        for value in wrong[field]:
+            with pytest.raises(ValueError, match=rf"^{field} is .*; it must be "):
+                create_model(name, **{field: value})
+    with pytest.raises(ValueError, match="num_classes is -1; it must be at least 0"):
+        build(dataclasses.replace(config, num_classes=-1))
 
 
 def test_listing() -> None:

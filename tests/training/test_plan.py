@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from vitrail import cost
-from vitrail.config import RunConfig
+from vitrail.config import RunConfig, flat, replace_flat
+from vitrail.recipes import RECIPES
 from vitrail.training import plan
 from vitrail.training.distributed import Ranks
+from vitrail.training.idle import idle_settings
 from vitrail.training.plan import Plan, Rehearsal, hand_out, length_lines, make_plan, rehearse
 from vitrail.training.setup import Job, prepare, resolve
 
@@ -75,6 +77,30 @@ def test_an_emulated_precision_is_a_note(job: Callable[..., Job], monkeypatch: p
     monkeypatch.setattr(cost, "matmul_peak", lambda device, precision: 1e9 if precision == "bf16" else 4e9)
     assert "take 4 times as long as those of --precision fp32" in text(*make_plan(job(precision="bf16")).lines)["note"]
     assert not any("emulates" in line for line in make_plan(job()).lines)
+
+
+def test_settings_without_effect_are_named(job: Callable[..., Job]) -> None:
+    def told(**settings: Any) -> list[str]:
+        lines = make_plan(job(**settings)).lines
+        return [line.removeprefix("note").strip() for line in lines if line.startswith("note") and "effect" in line]
+
+    assert told(distill="soft", distill_weight=0.5, mask_ratio=0.4, momentum=0.8) == [
+        "distill, distill_weight have no effect without a teacher (--teacher)",
+        "mask_ratio has no effect without --objective masked or mae",
+        "momentum has no effect without --optimizer sgd",
+    ]
+    assert told(optimizer="sgd", momentum=0.8, schedule="step", milestones=(0.5,), mixup=0.2, mix_probability=0.5) == []
+    assert told(objective="mae", patch_norm=False, mask_ratio=0.5, mask_target="pixels") == [
+        "mask_target has no effect without --objective masked"
+    ]
+
+
+def test_recipes_set_nothing_without_effect() -> None:
+    for name, recipe in RECIPES.items():
+        config = recipe()
+        asked = frozenset(key for key, value in flat(config).items() if value != flat(RunConfig())[key])
+        taught = replace_flat(config, {"teacher": "runs/tutor"}) if name.startswith("deit_") else config
+        assert idle_settings(taught, asked) == (), name
 
 
 def test_utilisation_is_three_forward_passes_against_the_peak() -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import shlex
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from vitrail.inspection.views import VIEWS, choose
 from vitrail.models import Model
 
 PAGE = "inspect.html"
+WRITTEN = "inspect.json"  # names the files of the page, so that the next one can take their place
 ABOUT = {
     "attention": "Point at a patch of a picture to see where it looks in one layer and head; below the picture are the tokens "
     "that have no place. The brighter a pane, the larger its share, relative to the brightest. Arrow keys move the patch too.",
@@ -67,6 +71,7 @@ def inspect(
 ) -> tuple[Path, list[str]]:
     """Write all views (or those asked for) into `out`; returns the page's path and what could not be read or drawn.
 
+    The files of an earlier call in `out` are replaced once all new ones are there; files of others stay.
     inputs: pictures, clips or a data set (see `subject`); `shown` of them are drawn, `measured` of them are behind the means.
     `other` is inspected beside the model, on the same inputs. Raises ConfigError for a view that does not exist, one that was
     asked for and that a model has not, and inputs that cannot be read.
@@ -78,13 +83,50 @@ def inspect(
         pairs.append((other, other_name or other.name or other.family))
         if pairs[0][1] == pairs[1][1]:
             pairs = [(each, f"{label} ({letter})") for (each, label), letter in zip(pairs, "AB", strict=True)]
-    sides: list[tuple[Subject, Path, list[str], dict[str, str]]] = []
+    looked: list[tuple[Subject, list[str], dict[str, str]]] = []
     notes: list[str] = []
-    for place, (each, label) in enumerate(pairs):
+    for each, label in pairs:
         one, problems = subject(each, label, inputs, max(shown, measured))
-        chosen, refused = choose(each, label, views, len(one.samples))
+        looked.append((one, *choose(each, label, views, len(one.samples))))
         notes += [problem for problem in problems if problem not in notes]
-        sides.append((one, out / "ab"[place] if other is not None else out, chosen, refused))
+    with _instead_of_earlier(out) as made:
+        sides = [(one, made / "ab"[place] if other is not None else made, chosen, refused)
+                 for place, (one, chosen, refused) in enumerate(looked)]  # fmt: skip
+        write_text(made / PAGE, _page(sides, made, shown, notes, command))
+    return out / PAGE, notes
+
+
+@contextmanager
+def _instead_of_earlier(out: Path) -> Iterator[Path]:
+    """A folder whose files move into `out` when the block succeeds; what an earlier call left there goes."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as temporary:
+        yield Path(temporary)
+        files = sorted(path.relative_to(temporary).as_posix() for path in Path(temporary).rglob("*") if path.is_file())
+        for name in set(_earlier(out)) - set(files):
+            (out / name).unlink(missing_ok=True)
+            if (folder := (out / name).parent) != out and not any(folder.iterdir()):
+                folder.rmdir()
+        for name in files:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(temporary) / name).replace(out / name)
+        write_text(out / WRITTEN, json.dumps({"files": files}, indent=1) + "\n")
+
+
+def _earlier(out: Path) -> list[str]:
+    """Files that an earlier call wrote into `out`, as it noted them; never any outside of `out`."""
+    try:
+        names = json.loads((out / WRITTEN).read_text(encoding="utf-8"))["files"]
+        inside = [name for name in names if (out / name).resolve().is_relative_to(out.resolve())]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in inside if (out / name).is_file()]
+
+
+def _page(
+    sides: Sequence[tuple[Subject, Path, list[str], dict[str, str]]], out: Path, shown: int, notes: Sequence[str],
+    command: Sequence[str],
+) -> str:  # fmt: skip
     sections = [_section(view, sides, out, shown) for view in VIEWS if any(view in side[2] for side in sides)]
     first = sides[0][0]
     context: dict[str, Any] = {
@@ -101,8 +143,7 @@ def inspect(
     extra = {f"view-{s['view']}": s for s in context["sections"]}
     titles |= {"refused": "Views it has not", "reproduce": "Reproduce"}
     context["hard"] = max(first.preprocess.image_size) <= 64
-    write_text(out / PAGE, render("inspect.html.jinja", titles, extra | context))
-    return out / PAGE, notes
+    return render("inspect.html.jinja", titles, extra | context)
 
 
 def _section(

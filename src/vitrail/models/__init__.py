@@ -12,6 +12,7 @@ from typing import Any
 from . import bit, cvt, deit, hybrid, mvit, resnet, slowfast, swin, timesformer, vit, vivit, x3d
 from .backbone import Segmenter, as_backbone
 from .base import Model
+from .ranges import check_numbers
 from .shapes import ShapesOnly
 
 FAMILIES: dict[str, ModuleType] = {
@@ -37,7 +38,11 @@ def family_of(config: Any) -> str:
 
 
 def build(config: Any, name: str = "") -> Model:
-    """A model with random weights from a family's config dataclass."""
+    """A model with random weights from a family's config dataclass.
+
+    Raises ValueError for a number that such a setting cannot be.
+    """
+    check_numbers(type(config), {f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
     model: Model = FAMILIES[family_of(config)].MODEL(config)
     model.name = name
     return model
@@ -50,7 +55,7 @@ def create_model(
 
     `overrides` are fields of the family's config (`depth=6`, `drop_path=0.1`, `position=PositionConfig(kind="2d")`, or
     dotted in a dictionary: `**{"position.kind": "2d"}`). Raises ValueError for an unknown model or
-    field, naming the nearest ones.
+    field, naming the nearest ones, and for a number that a field cannot be.
     """
     if name not in MODELS:
         raise ValueError(_unknown("model", name, MODELS))
@@ -71,6 +76,7 @@ def override(config: Any, changes: dict[str, Any]) -> Any:
         if head not in names:
             raise ValueError(_unknown(f"setting of {type(config).__name__}", key, names))
         plain[head] = override(plain.get(head, getattr(config, head)), {rest: value}) if rest else value
+    check_numbers(type(config), plain)
     return dataclasses.replace(config, **plain)
 
 

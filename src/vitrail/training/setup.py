@@ -39,6 +39,7 @@ from .build import build_model, make_card, settle_preprocess, start_weights
 from .distillation import Distill
 from .distributed import Ranks
 from .evaluators import Evaluator, FewShotEvaluator, SplitEvaluator
+from .idle import idle_settings
 from .inputs import Inputs
 from .objectives import Objective, build_objective, sampler_weights
 from .optim import build_ema, build_optimizer, scaled_lr
@@ -299,6 +300,7 @@ def _settle(request: Request, ranks: Ranks, custom: bool) -> tuple[RunConfig, Da
     if not labelled:
         config = without_label_settings(config, request.explicit)
         check_settings(config, custom)
+    notes += idle_settings(config, request.explicit)
     if reason := why_not_to_mirror(config, request.explicit, data):
         config = replace_flat(config, {"hflip": 0.0})
         notes += (reason,)
