@@ -94,6 +94,19 @@ def test_patterns_and_stdin(predictor: Predictor, picture_folder: Path, monkeypa
     assert [p.label for p in predictor("-")] == ["red", "blue"]
     monkeypatch.setattr("sys.stdin", io.StringIO(lines.replace("\r", "").replace("\n", "\0")))
     assert [p.label for p in predictor("-")] == ["red", "blue"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"none.png\nnor this\n{lines}and none"))
+    assert [p.label for p in predictor("-")] == ["", "", "red", "blue", ""]
+
+
+def test_names_between_zero_bytes_may_hold_line_ends(
+    predictor: Predictor, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "over\ntwo \nlines.png"
+    odd.write_bytes((picture_folder / "green" / "green-00.png").read_bytes())
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{odd}\0{picture_folder / 'red' / 'red-03.png'}\0{odd}\0"))
+    assert [(p.path, p.label) for p in predictor("-")] == [
+        (str(odd), "green"), (str(picture_folder / "red" / "red-03.png"), "red"), (str(odd), "green"),
+    ]  # fmt: skip
 
 
 def test_a_name_with_brackets_is_a_file_before_it_is_a_pattern(

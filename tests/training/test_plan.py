@@ -47,7 +47,7 @@ def test_the_plan_says_what_will_happen(job: Callable[..., Job], monkeypatch: py
     lines = text(*make_plan(made).lines, *length_lines(made, rehearsal))
     assert "train" in lines["data"]
     assert lines["classes"].startswith("3 (0 ")
-    assert lines["input"] == "16 x 16 pixels, 3 channels, fit crop; pictures of about 16 x 16"
+    assert lines["input"] == "16 x 16 pixels, 3 channels, fit crop; pictures of about 16 x 16 (height x width)"
     assert "vit_micro_patch4_16 (depth 2)" in lines["model"]
     assert lines["batch"] == "16 = 8 x 2 micro-steps"
     assert lines["lr"].startswith("0.0005 (0.002 x 16 / 64), adamw, cosine after")

@@ -76,6 +76,10 @@ def test_what_was_set_stays_and_is_named() -> None:
     assert (config.model, config.batch_size, dict(config.overrides)) == ("vit_small_patch16_224", 40, {})
     assert config.input.image_size == (224, 224)
     assert any("set by you, so left alone: batch_size, model" in reason for reason in reasons)
+    asked = frozenset({"overrides"})
+    config, _ = choose(RunConfig(overrides={"image_size": 32}), asked, data_of([100] * 4, (300, 300)), CPU)
+    assert config.input.image_size is None, "--set image_size says it"
+    assert config.overrides["image_size"] == 32
 
 
 @pytest.mark.parametrize(

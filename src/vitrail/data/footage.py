@@ -102,6 +102,7 @@ def as_footage(value: Any) -> Footage:
     if not isinstance(value, Tensor) or value.ndim != 4 or value.dtype != torch.uint8 or 0 in value.shape:
         raise ValueError(
             "expected a video: a path, bytes, a uint8 array (frames, height, width, channels) or a uint8 tensor "
-            f"(channels, frames, height, width), got {type(value).__name__} {tuple(getattr(value, 'shape', ()))}"
+            f"(channels, frames, height, width), got {type(value).__name__} {getattr(value, 'dtype', '')} "
+            f"{tuple(getattr(value, 'shape', ()))}"
         )
     return Footage(value.detach().cpu())

@@ -78,10 +78,8 @@ def _in_memory(item: Any, name: str, kind: Kind) -> Asked:
 
 def _paths(text: str, kind: Kind) -> Iterator[Asked]:
     if text == STDIN:
-        for line in sys.stdin:
-            for path in line.rstrip("\r\n").split("\0"):
-                if path:
-                    yield from _paths(path, kind)
+        for path in filter(None, _names(sys.stdin)):
+            yield from _paths(path, kind)
     elif is_stream(text):
         stream = Stream(text) if kind is VIDEOS else None
         yield Asked(text, stream, "" if stream else "a stream is a video; this model takes pictures")
@@ -98,6 +96,24 @@ def _paths(text: str, kind: Kind) -> Iterator[Asked]:
         yield Asked(str(BIKES), str(BIKES))
     else:
         yield Asked(text, None, "no such file or folder")
+
+
+def _names(lines: Iterable[str]) -> Iterator[str]:
+    """Names, one a line; or between zero bytes once one of these shows, and then a name may hold line ends.
+
+    Until it is clear which of the two, a name that leads nowhere waits: it may go on in the next line.
+    """
+    separator, waiting = "", ""
+    for line in lines:
+        if "\0" in line:
+            separator = "\0"
+        elif not separator and os.path.lexists(line.rstrip("\r\n")):
+            separator = "\n"
+        waiting += line
+        if separator:
+            *names, waiting = waiting.split(separator)
+            yield from (name.removesuffix("\r") for name in names)
+    yield from (name.removesuffix("\r") for name in waiting.split(separator or "\n") if name.strip())
 
 
 def _found(paths: Iterator[str], asked: str, otherwise: str) -> Iterator[Asked]:

@@ -69,6 +69,8 @@ def choose(config: RunConfig, explicit: frozenset[str], data: Data, device: torc
         _choose_length(choice, facts)
         _choose_augmentation(choice, facts, data)
         _choose_balance(choice, data)
+    if "image_size" in config.overrides:
+        explicit |= {"image_size"}  # --set image_size=32 says it as well as --image-size 32
     kept = {name: value for name, value in choice.settings.items() if name not in explicit}
     if "model" not in explicit:
         kept["overrides"] = {**choice.overrides, **config.overrides}
