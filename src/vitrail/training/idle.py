@@ -1,4 +1,4 @@
-"""Settings that were asked for and change nothing beside the others: said in the plan, so that nobody waits for their effect."""
+"""Settings that were asked for and change nothing beside the others: the plan says so, and nobody waits for their effect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], bool], str], ...] = (
     (("mask_target",), lambda s: s["objective"] == "masked", "without --objective masked"),
     (("patch_norm", "decoder_width", "decoder_depth", "decoder_heads"),
      lambda s: s["objective"] == "mae", "without --objective mae"),
-    (("loss", "label_smoothing"), lambda s: s["objective"] == "classify", "without labels (--objective masked and mae use none)"),
+    (("loss", "label_smoothing"), lambda s: s["objective"] == "classify", "where no labels are used (--objective masked, mae)"),
     (("lora_alpha", "lora_place"), lambda s: s["lora_rank"] > 0, "without --lora-rank"),
     (("balance_power",), lambda s: s["balance"] != "none", "without --balance"),
     (("momentum", "nesterov"), lambda s: s["optimizer"] == "sgd", "without --optimizer sgd"),
