@@ -203,8 +203,8 @@ def _describe_input(job: Job) -> str:
     assert p is not None
     sizes = job.loader.dataset.sizes()
     noun = job.loader.dataset.noun
-    side = np.median(sizes, 0) if len(sizes) else ()
-    seen = f"; {noun}s of about {side[0]:.0f} x {side[1]:.0f} (height x width)" if len(side) else ""
+    side = " x ".join(f"{median:.0f}" for median in np.median(sizes, 0)) if len(sizes) else ""
+    seen = f"; {noun}s of about {side} (height x width)" if side else ""
     if p.frames:
         pace = f"{p.fps:g} a second" if p.fps else f"every {p.stride}." if p.stride > 1 else "each"
         taken = f"{p.frames} frames, {p.sampling}" + (f" ({pace})" if p.sampling == "dense" else "")
