@@ -14,19 +14,37 @@ from .attention import AttentionSite, attend
 
 PositionBias = Callable[[Tensor], Tensor]  # queries (b, k, n, d) to a bias (b, k, n, n) of the logits
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,  # exact (erf): timm, torchvision, DeiT, Swin
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),  # flax.linen.gelu: the original ViT, big_vision, ViViT
-    "quick_gelu": lambda: QuickGELU(),  # CvT, CLIP
-}
+
+class GELU(nn.GELU):
+    """x * Phi(x); written over x where no gradient is asked for.
+
+    The hidden layer is the largest tensor of a block, and fetching fresh memory for a second one takes a CPU longer than
+    the function itself.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Element-wise. Without gradients x is overwritten."""
+        if torch.is_grad_enabled():
+            return super().forward(x)
+        result: Tensor = torch.ops.aten.gelu_(x, approximate=self.approximate)
+        return result
 
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), computed as silu(1.702 x) / 1.702: one kernel less, and one tensor less to keep for training."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Element-wise."""
-        return F.silu(1.702 * x) * (1 / 1.702)
+        """Element-wise. Without gradients x is overwritten, as by `GELU`."""
+        if torch.is_grad_enabled():
+            return F.silu(1.702 * x) * (1 / 1.702)
+        return F.silu(x.mul_(1.702), inplace=True).mul_(1 / 1.702)
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": GELU,  # exact (erf): timm, torchvision, DeiT, Swin
+    "gelu_tanh": lambda: GELU(approximate="tanh"),  # flax.linen.gelu: the original ViT, big_vision, ViViT
+    "quick_gelu": QuickGELU,  # CvT, CLIP
+}
 
 
 MLPS = ("plain", "swiglu")
