@@ -16,11 +16,7 @@ PositionBias = Callable[[Tensor], Tensor]  # queries (b, k, n, d) to a bias (b, 
 
 
 class GELU(nn.GELU):
-    """x * Phi(x); written over x where no gradient is asked for.
-
-    The hidden layer is the largest tensor of a block, and fetching fresh memory for a second one takes a CPU longer than
-    the function itself.
-    """
+    """x * Phi(x); written over x where no gradient is asked for: the hidden layer, a block's largest tensor, exists once."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Element-wise. Without gradients x is overwritten."""

@@ -42,7 +42,7 @@ def build(config: Any, name: str = "") -> Model:
 
     Raises ValueError for a number that such a setting cannot be.
     """
-    check_numbers(type(config), {f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
+    check_numbers(type(config), vars(config))
     model: Model = FAMILIES[family_of(config)].MODEL(config)
     model.name = name
     return model

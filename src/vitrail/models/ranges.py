@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 # Whole numbers that may be less than 1, and their least.
 _LEAST = {
@@ -21,18 +21,24 @@ def check_numbers(kind: type, values: Mapping[str, Any]) -> None:
     hints = get_type_hints(kind)
     for name, value in values.items():
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            check_numbers(type(value), {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-        elif isinstance(value, (int, float, tuple, list)) and (problem := _problem(name, value, str(hints[name]))):
+            check_numbers(type(value), vars(value))
+        elif isinstance(value, (int, float, tuple, list)) and (problem := _problem(name, value, _kinds(hints[name]))):
             raise ValueError(f"{name} is {value}; {problem}")
 
 
-def _problem(name: str, value: Any, annotation: str) -> str:
-    whole, real = "int" in annotation, "float" in annotation
+def _kinds(hint: Any) -> set[Any]:
+    """The types that a hint is made of: {int, NoneType} of tuple[int, ...] | None."""
+    inner = get_args(hint)
+    return set().union(*map(_kinds, inner)) if inner else {hint}
+
+
+def _problem(name: str, value: Any, kinds: set[Any]) -> str:
+    whole, real = int in kinds, float in kinds
     for number in _numbers(value):
         if isinstance(number, bool):
-            if (whole or real) and "bool" not in annotation:
+            if (whole or real) and bool not in kinds:
                 return f"it must be {'a whole number' if whole else 'a number'}"
-        elif isinstance(number, float) and not real and "bool" not in annotation:
+        elif isinstance(number, float) and not real and bool not in kinds:
             return "it must be a whole number" if whole else ""
         elif not math.isfinite(number):
             return "it must be finite"
