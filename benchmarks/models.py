@@ -1,8 +1,9 @@
 """Models side by side with peers (timm, torchvision, ...): `python -m benchmarks.models [--only vit_tiny] [--list]`.
 
 A cell is (model, task, precision, mode). Both sides carry the same weights, read through our own checkpoint tables, and use
-the same threads, batch, memory format, autocast, loss, optimiser class and flags; for inference ours is folded as our
-predictor folds it (batch normalisation into convolutions), which no peer does by itself. Before timing, logits (and
+the same threads, batch, memory format, precision, loss, optimiser class and flags; for inference ours is folded as our
+predictor folds it (batch normalisation into convolutions), which no peer does by itself. bfloat16 is torch's autocast, ours
+with what our training adds to it on CPUs that lack the type (`vitrail.layers.halves`). Before timing, logits (and
 gradients, when training) are compared with float64: our error may be at most 1.5 times the peer's, on the batch that is timed
 or, should rounding have turned a maximum or a ReLU over there, on both of two others; else the row is void. Then
 steps of both sides alternate; what is reported is the median of the pairwise ratios peer / ours with its 95 % bootstrap
@@ -20,6 +21,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.results import bootstrap_interval, kind_of, machine, merge
+from vitrail import cost
 from vitrail.checkpoints.mapping import write
 from vitrail.checkpoints.store import SOURCES, load_model
 from vitrail.cost import count_flops, matmul_peak, memory_format
@@ -45,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the peer computes other than th
 }  # fmt: skip
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
+LONG = 5.0  # seconds of a first step, compiling included, after which a second one to warm up would change nothing
 
 
 @dataclass
@@ -252,8 +256,10 @@ def _transformers_cvt(model: Model) -> Side:
     return Side("transformers", peer, lambda x: peer(pixel_values=x).logits)
 
 
-def autocast(precision: str, device: str) -> torch.autocast:
-    """The same autocast for both sides."""
+def autocast(side: Side, precision: str, device: str) -> AbstractContextManager[Any]:
+    """Mixed precision as each side's users have it: a peer's by torch, ours by `vitrail.cost.autocast`."""
+    if side.name == "vitrail":
+        return cost.autocast(torch.device(device), precision)
     return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -266,7 +272,7 @@ def make_step(side: Side, task: str, precision: str, mode: str, x: Tensor, y: Te
         side.model.eval()
 
         def infer() -> None:
-            with torch.inference_mode(), autocast(precision, device):
+            with torch.inference_mode(), autocast(side, precision, device):
                 forward(x)
 
         return infer
@@ -274,7 +280,7 @@ def make_step(side: Side, task: str, precision: str, mode: str, x: Tensor, y: Te
     optimiser = torch.optim.AdamW(side.model.parameters(), lr=1e-6, fused=True)
 
     def train() -> None:
-        with autocast(precision, device):
+        with autocast(side, precision, device):
             loss = F.cross_entropy(forward(x), y)
         loss.backward()
         optimiser.step()
@@ -290,7 +296,7 @@ def errors(
     side.model.train(task == "train")
     side.arrange(precision)
     side.model.zero_grad(set_to_none=True)
-    with torch.set_grad_enabled(task == "train"), autocast(precision, x.device.type):
+    with torch.set_grad_enabled(task == "train"), autocast(side, precision, x.device.type):
         logits = side.logits(x)
         loss = F.cross_entropy(logits, y)
     found = float((logits.detach().double() - exact[0]).norm() / exact[0].norm())
@@ -379,8 +385,11 @@ def time_pairs(
     a: Callable[[], None], b: Callable[[], None], pairs: int, sync: Callable[[], None]
 ) -> tuple[list[float], list[float]]:
     """Seconds of `pairs` alternating steps of both sides; who starts alternates too."""
-    for step in (a, b, a, b):
+    for step in (a, b):
+        start = time.perf_counter()
         step()
+        if time.perf_counter() - start < LONG:
+            step()
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(pairs):
         for which in ((0, 1), (1, 0))[i % 2]:
@@ -498,9 +507,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cells whose name this regular expression is found in, e.g. 'vit_.*bf16'")
     parser.add_argument("--pairs", type=int, default=11)
+    parser.add_argument("--batch", type=int, help="in place of each model's own number of inputs a step")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--list", action="store_true", help="name the cells and stop")
     arguments = parser.parse_args()
+    if arguments.batch:
+        BATCH.update(dict.fromkeys(BATCH, arguments.batch))
     for name in BATCH:
         for task in TASKS:
             for precision in PRECISIONS:

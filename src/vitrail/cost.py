@@ -14,10 +14,10 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from vitrail.layers.halves import LACKING, by_float32, half_products
 from vitrail.models import Model
 from vitrail.models.pretext import Pretext
 
@@ -83,20 +84,27 @@ def slow_precision(device: torch.device, precision: str) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
-    """A context that computes in `precision`; weights stay float32."""
+    """A context that computes in `precision`; weights stay float32. For a CPU that lacks the type see `layers.halves`."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
+    return _half_precision(device.type, DTYPES[precision])
+
+
+@contextmanager
+def _half_precision(device: str, dtype: torch.dtype) -> Iterator[None]:
+    with torch.autocast(device, dtype), half_products(dtype, device):
+        yield
 
 
 def memory_format(model: nn.Module, precision: str = "fp32") -> torch.memory_format:
     """The layout of inputs and weights that a model runs fastest in: channels last where convolutions hold most weights.
 
-    But not for float32 on a CPU where there are group norms, which torch then sums plainly (for batch normalisation see
-    `layers.norm`). Nor for float32 clips on a CPU, where it gains nothing; in bfloat16 SlowFast answers 1.4 times as fast
-    (measured on AVX512-BF16).
+    But not for float32, or a type that goes by it, on a CPU where there are group norms, which torch then sums plainly (for
+    batch normalisation see `layers.norm`). Nor for such clips on a CPU, where it gains nothing; in bfloat16 SlowFast answers
+    1.4 times as fast (measured on AVX512-BF16).
     """
-    plainly = next(model.parameters()).device.type == "cpu" and precision == "fp32"
+    by_float32 = precision == "fp32" or DTYPES[precision] in LACKING
+    plainly = by_float32 and next(model.parameters()).device.type == "cpu"
     grouped = any(isinstance(module, nn.GroupNorm) for module in model.modules())
     for kind, layout in ((nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d)):
         convolved = sum(m.weight.numel() for m in model.modules() if isinstance(m, kind))
@@ -277,7 +285,8 @@ def matmul_peak(device: torch.device | str = "cpu", precision: str = "fp32", *, 
     ran is too low, and nothing makes it too high.
     """
     device = torch.device(device)
-    key = "|".join((_device_name(device), torch.__version__, f"{torch.get_num_threads()} threads", f"{precision}, a b.T"))
+    way = ", by fp32" if device.type == "cpu" and DTYPES[precision] in LACKING else ", a b.T"
+    key = "|".join((_device_name(device), torch.__version__, f"{torch.get_num_threads()} threads", precision + way))
     if refresh or key not in _peaks():
         _peaks()[key] = max(_measure_peak(device, DTYPES[precision]), _peaks().get(key, 0.0))
         _keep_peaks()
@@ -287,25 +296,27 @@ def matmul_peak(device: torch.device | str = "cpu", precision: str = "fp32", *, 
 def _measure_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Grow the product until one takes 20 ms on a CPU (or fills an accelerator), then take the best of repeated runs.
 
-    The second factor is transposed, as the weights of a linear layer are: without that, a CPU that emulates bf16 can take a
-    hundred times as long again, which no model sees.
+    The second factor is transposed, as the weights of a linear layer are. A type that the CPU lacks goes by float32.
     """
     best, size, largest = 0.0, 256, 2048 if device.type == "cpu" else 8192
     while True:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out = a @ b.T
-        fastest = min(_seconds_of_product(a, b.T, out) for _ in range(8 if size >= 1024 else 3))
+        product: Callable[[], Tensor] = partial(torch.mm, a, b.T, out=torch.empty_like(a))
+        if device.type == "cpu" and dtype in LACKING:
+            product = partial(by_float32, torch.mm, dtype, a, b.T)
+        product()
+        fastest = min(_seconds(product, device) for _ in range(8 if size >= 1024 else 3))
         best = max(best, 2 * size**3 / fastest)
         if size >= largest or fastest > 0.02:
             return best
         size *= 2
 
 
-def _seconds_of_product(a: Tensor, b: Tensor, out: Tensor) -> float:
-    synchronise(a.device)
+def _seconds(product: Callable[[], Tensor], device: torch.device) -> float:
+    synchronise(device)
     start = time.perf_counter()
-    torch.mm(a, b, out=out)
-    synchronise(a.device)
+    product()
+    synchronise(device)
     return time.perf_counter() - start
 
 

@@ -13,6 +13,7 @@ from vitrail.config import Preprocess
 from vitrail.cost import DTYPES, memory_format
 from vitrail.data.transforms import Normalise
 from vitrail.layers.conv import ConvNorm, StdConv2d
+from vitrail.layers.halves import half_products
 from vitrail.models import Model
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,4 +46,5 @@ class Engine:
     def __call__(self, images: UInt8[Tensor, "b c *t h w"]) -> Float[Tensor, "b k"]:
         """Raw scores."""
         x = self.normalise(images.to(self.device, non_blocking=True)).to(self.dtype, memory_format=self.layout)
-        return self.model(x).float().cpu()
+        with half_products(self.dtype, self.device.type):
+            return self.model(x).float().cpu()

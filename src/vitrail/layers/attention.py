@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.layers.halves import LACKING
+
 Sites = str | Sequence[str] | None
 _AMX = torch.cpu._is_amx_tile_supported()  # matrix tiles, which the fused kernel uses in bfloat16
 
@@ -91,7 +93,7 @@ def _prefers_fused(q: Tensor, k: Tensor, bias: Tensor | None) -> bool:
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return False
     training = torch.is_grad_enabled() and q.requires_grad
-    if q.dtype not in (torch.bfloat16, torch.float16):
+    if q.dtype not in (torch.bfloat16, torch.float16) or q.dtype in LACKING:
         return not training or q.shape[-1] > 32 or q.shape[-2] * k.shape[-2] > 32**2
     if _AMX and not training:
         return True

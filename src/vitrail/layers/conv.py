@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.layers.halves import LACKING, by_float32, lacking_type
 from vitrail.layers.norm import in_float32_on_cpu, normalise
 
 ReLU = partial(nn.ReLU, inplace=True)  # what it overwrites (a normalised map, a sum) is needed by nobody else
@@ -177,7 +178,8 @@ def convolve(conv: nn.Conv2d | nn.Conv3d, x: Tensor) -> Tensor:
             return depthwise3d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # type: ignore[arg-type]
         return conv(x)
     strided = conv.groups == conv.in_channels > 1 and conv.stride != (1, 1)
-    if strided and x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled():
+    slow = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.dtype not in LACKING
+    if strided and slow and x.requires_grad and torch.is_grad_enabled():
         y = F.conv2d(x, conv.weight, conv.bias, 1, conv.padding, conv.dilation, conv.groups)
         return y[:, :, :: conv.stride[0], :: conv.stride[1]].contiguous(memory_format=torch.channels_last)
     return conv(x)
@@ -197,6 +199,8 @@ def depthwise3d(
     step by step in time, convolutions of two dimensions: 13 ms. A kernel over time alone takes 120 ms for (2, 24, 13, 80, 80);
     here it is a sum of weighted frames: 30 ms.
     """
+    if type(x) is Tensor and (dtype := lacking_type(x)) is not None:
+        return by_float32(depthwise3d, dtype, x, weight, bias, stride, padding)
     same_frames = stride[0] == 1 and 2 * padding[0] + 1 == weight.shape[2]
     real = type(x) is Tensor and not torch.compiler.is_compiling()  # traced or counted, the operation is torch's own
     if not (same_frames and real and in_float32_on_cpu(x)):

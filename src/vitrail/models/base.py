@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitrail.layers.embed import frames_problem, size_problem
 from vitrail.layers.features import Features
+from vitrail.layers.halves import recomputing
 from vitrail.layers.route import Route, tile
 
 
@@ -129,7 +130,9 @@ class Model(nn.Module, ABC):
         if self.around_block is not None:
             return self.around_block(block, x, *args)
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, *args, use_reentrant=False)
+            if torch.compiler.is_compiling():  # which repeats the products that it traced
+                return checkpoint(block, x, *args, use_reentrant=False)
+            return checkpoint(block, x, *args, use_reentrant=False, context_fn=recomputing(x))
         return block(x, *args)
 
 
