@@ -165,7 +165,7 @@ def time_cell(paths: list[Path], ours: Load, peer: Load, pairs: int) -> dict[str
 
         return run
 
-    ours_s, peer_s = time_pairs(whole(ours), whole(peer), pairs, lambda: None)
+    ours_s, peer_s = time_pairs(whole(ours), whole(peer), pairs)
     ratios = [b / a for a, b in zip(ours_s, peer_s, strict=True)]
     low, high = bootstrap_interval(ratios)
     return {

@@ -48,7 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # where the peer computes other than th
 }  # fmt: skip
 TASKS, PRECISIONS, MODES = ("infer", "train"), ("fp32", "bf16"), ("eager", "compiled")
 ERROR_LIMIT = 1.5
-LONG = 5.0  # seconds of a first step, compiling included, after which a second one to warm up would change nothing
+LONG = 5.0  # seconds of a step that needs no warming up
+PEER_ERRORS: dict[tuple[str, ...], float] = {}  # by model, task, precision, peer and batch: a compiled row has the eager one's
 
 
 @dataclass
@@ -360,20 +361,19 @@ def exact_answer(side: Side, task: str, x: Tensor, y: Tensor, flat: Any) -> tupl
     return logits.detach(), gradient
 
 
-def peak_memory(step: Callable[[], None], device: str) -> float:
-    """MiB that one step needs on top of what is held before it (resident memory on a CPU)."""
+def peak_memory(step: Callable[[], None], device: str) -> tuple[float, float]:
+    """MiB that one step needs on top of what is held before it (resident memory on a CPU), and the seconds it took."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        seconds = _seconds(step, device)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20, seconds
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # give back what the allocator keeps, or the highest size tells nothing
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident size so far
     before = _status("VmRSS")
-    step()
-    return (_status("VmHWM") - before) / 1024
+    seconds = _seconds(step, device)
+    return (_status("VmHWM") - before) / 1024, seconds
 
 
 def _status(key: str) -> float:
@@ -381,24 +381,54 @@ def _status(key: str) -> float:
     return float(line.split()[1])
 
 
+def _seconds(step: Callable[[], None], device: str) -> float:
+    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
+    sync()
+    start = time.perf_counter()
+    step()
+    sync()
+    return time.perf_counter() - start
+
+
 def time_pairs(
-    a: Callable[[], None], b: Callable[[], None], pairs: int, sync: Callable[[], None]
+    a: Callable[[], None], b: Callable[[], None], pairs: int, device: str = "cpu", warm: int = 2
 ) -> tuple[list[float], list[float]]:
-    """Seconds of `pairs` alternating steps of both sides; who starts alternates too."""
-    for step in (a, b):
-        start = time.perf_counter()
+    """Seconds of `pairs` alternating steps of both sides after `warm` steps of each; who starts alternates too."""
+    for step in (a, b) * warm:
         step()
-        if time.perf_counter() - start < LONG:
-            step()
     times: tuple[list[float], list[float]] = ([], [])
     for i in range(pairs):
         for which in ((0, 1), (1, 0))[i % 2]:
-            sync()
-            start = time.perf_counter()
-            (a, b)[which]()
-            sync()
-            times[which].append(time.perf_counter() - start)
+            times[which].append(_seconds((a, b)[which], device))
     return times
+
+
+def duel(
+    ours_step: Callable[[], None], peer_step: Callable[[], None], pairs: int, device: str, mode: str = "eager"
+) -> dict[str, float]:
+    """Times and memory of both over `pairs` alternating steps, and the median of the ratios peer / ours with its interval.
+
+    Steps of more than `LONG` seconds, beside which warming up is nothing, are not wasted: the first of both sides counts, and
+    so does the one whose memory is measured.
+    """
+    steps = ours_step, peer_step
+    if mode == "compiled":
+        for step in steps:
+            step()
+    first = [_seconds(step, device) for step in steps]
+    long = max(first) > LONG
+    kept = [[seconds] if long else [] for seconds in first]
+    timed = time_pairs(*steps, pairs - 2 * long, device, warm=0 if long else 1)
+    (ours_mib, ours_last), (peer_mib, peer_last) = (peak_memory(step, device) for step in steps)
+    last = [[ours_last], [peer_last]] if long else [[], []]
+    ours_times, peer_times = ([*a, *b, *c] for a, b, c in zip(kept, timed, last, strict=True))
+    ratios = [b / a for a, b in zip(ours_times, peer_times, strict=True)]
+    low, high = bootstrap_interval(ratios)
+    return {
+        "ratio": statistics.median(ratios), "low": low, "high": high,
+        "ours_s": statistics.median(ours_times), "peer_s": statistics.median(peer_times),
+        "ours_mib": ours_mib, "peer_mib": peer_mib,
+    }  # fmt: skip
 
 
 @functools.cache
@@ -460,6 +490,12 @@ def run_cell(name: str, task: str, precision: str, mode: str, pairs: int, device
             mine.model.load_state_dict(initial.state_dict())
         return error(mine, draw)
 
+    def peer_error(side: Side, draw: int) -> float:
+        key = (name, task, precision, side.name, str(draw))
+        if key not in PEER_ERRORS:
+            PEER_ERRORS[key] = error(side, draw)
+        return PEER_ERRORS[key]
+
     our_error(0)
     step = make_step(mine, task, precision, mode, x, y)
     row: dict[str, Any] = {"batch": BATCH[name], "pairs": pairs, "peers": {}}
@@ -467,26 +503,12 @@ def run_cell(name: str, task: str, precision: str, mode: str, pairs: int, device
         try:  # a peer that cannot be built or run is shown as failing, not counted
             other = build()
             other.model.to(device)
-            entry = agreement(our_error, functools.partial(error, other))
-            row["peers"][peer_name] = entry | duel(step, make_step(other, task, precision, mode, x, y), pairs, device)
+            entry = agreement(our_error, functools.partial(peer_error, other))
+            row["peers"][peer_name] = entry | duel(step, make_step(other, task, precision, mode, x, y), pairs, device, mode)
         except Exception as problem:
             row["peers"][peer_name] = {"fails": f"{type(problem).__name__}: {str(problem).splitlines()[0][:120]}"}
         gc.collect()
     return row | verdict(row["peers"], count_flops(initial) * BATCH[name] * (3 if task == "train" else 1), device, precision)
-
-
-def duel(ours_step: Callable[[], None], peer_step: Callable[[], None], pairs: int, device: str) -> dict[str, float]:
-    """Times and memory of both, and the median of the ratios peer / ours with its interval."""
-    ours_times, peer_times = time_pairs(
-        ours_step, peer_step, pairs, torch.cuda.synchronize if device == "cuda" else lambda: None
-    )
-    ratios = [b / a for a, b in zip(ours_times, peer_times, strict=True)]
-    low, high = bootstrap_interval(ratios)
-    return {
-        "ratio": statistics.median(ratios), "low": low, "high": high,
-        "ours_s": statistics.median(ours_times), "peer_s": statistics.median(peer_times),
-        "ours_mib": peak_memory(ours_step, device), "peer_mib": peak_memory(peer_step, device),
-    }  # fmt: skip
 
 
 def verdict(entries: dict[str, dict[str, Any]], flops: int, device: str, precision: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def time_cell(paths: list[Path], starts: list[float] | None, pairs: int, peer: L
             same &= torch.equal(one, other)
             count = min(one.shape[1], other.shape[1])
             differences.append(float((one[:, :count].float() - other[:, :count]).abs().mean()))
-    ours_s, peer_s = time_pairs(whole(ours), whole(peer), pairs, lambda: None)
+    ours_s, peer_s = time_pairs(whole(ours), whole(peer), pairs)
     ratios = [b / a for a, b in zip(ours_s, peer_s, strict=True)]
     low, high = bootstrap_interval(ratios)
     return {
