@@ -30,6 +30,7 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] =
     "sum by indices": (lambda a, b: torch.einsum("bkhwd,hyd->bkhwy", a, b), ((2, 2, 3, 4, 5), (3, 6, 5))),
     "sum over an index of one factor": (lambda a, b: torch.einsum("abc,cd->ad", a, b), ((2, 3, 4), (4, 5))),
     "sum of one factor": (lambda a: torch.einsum("abc->ca", a), ((2, 3, 4),)),
+    "factors by name": (lambda x, w, b: F.linear(bias=b, input=x, weight=w), ((5, 8), (6, 8), (6,))),
     "attention": (F.scaled_dot_product_attention, ((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 4))),
     "attention of wider values": (F.scaled_dot_product_attention, ((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 8))),
     "attention with a bias that learns": (
@@ -93,6 +94,7 @@ def test_float32_and_float64_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
         assert F.linear(x, w).dtype == torch.float32  # without autocast
         with torch.autocast("cpu", torch.bfloat16):
             assert F.linear(x.double(), w.double()).dtype == torch.float64
+            assert (torch.ones(2, 2, dtype=torch.int64) @ torch.ones(2, 2, dtype=torch.int64)).dtype == torch.int64
             with torch.autocast("cpu", enabled=False):
                 assert (x @ w.T).dtype == torch.float32
 

@@ -37,7 +37,7 @@ def half_products(dtype: torch.dtype, device: str) -> AbstractContextManager[Any
 
 def lacking_type(x: Tensor) -> torch.dtype | None:
     """The type that a product of x, a tensor on the CPU, would have now, if this CPU lacks it."""
-    if x.device.type != "cpu" or x.dtype == torch.float64:
+    if x.device.type != "cpu" or x.dtype == torch.float64 or not x.is_floating_point():
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return dtype if dtype in LACKING else None
@@ -64,9 +64,11 @@ class _ByFloat32(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _PRODUCTS:
+        if func not in _PRODUCTS or "out" in kwargs:
             return func(*args, **kwargs)
-        dtype = lacking_type(next(a for a in args if isinstance(a, Tensor)))
+        factors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:2]
+        dtypes = {lacking_type(x) for x in factors}
+        dtype = dtypes.pop() if len(dtypes) == 1 else None
         return func(*args, **kwargs) if dtype is None else _PRODUCTS[func](func, dtype, *args, **kwargs)
 
 
@@ -176,14 +178,15 @@ def _multiply(kind: Any, dtype: torch.dtype, a: Tensor, b: Tensor, bias: Tensor 
         return _Product.apply(a.to(dtype), b.to(dtype), None if bias is None else bias.to(dtype), kind, settings)
 
 
-def _linear(_: Any, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _multiply(_LINEAR, dtype, x, weight, bias)
+# Parameters are called as torch calls them, for they can be given by name.
+def _linear(_: Any, dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _multiply(_LINEAR, dtype, input, weight, bias)
 
 
-def _matmul(func: Any, dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
-    if min(a.ndim, b.ndim) < 2:
-        return by_float32(func, dtype, a, b)
-    return _multiply(_MATMUL, dtype, a, b)
+def _matmul(func: Any, dtype: torch.dtype, input: Tensor, other: Tensor) -> Tensor:
+    if min(input.ndim, other.ndim) < 2:
+        return by_float32(func, dtype, input, other)
+    return _multiply(_MATMUL, dtype, input, other)
 
 
 def _einsum(func: Any, dtype: torch.dtype, equation: str, *operands: Tensor) -> Tensor:
@@ -196,20 +199,21 @@ def _einsum(func: Any, dtype: torch.dtype, equation: str, *operands: Tensor) -> 
 
 
 def _convolve(
-    func: Any, dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0,
-    dilation: Any = 1, groups: int = 1,
+    func: Any, dtype: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
+    padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> Tensor:  # fmt: skip
     if isinstance(padding, str):
-        return by_float32(func, dtype, x, weight, bias, stride, padding, dilation, groups)
+        return by_float32(func, dtype, input, weight, bias, stride, padding, dilation, groups)
     dims = weight.ndim - 2
     steps = (list(step) if isinstance(step, Sequence) else [step] * dims for step in (stride, padding, dilation))
-    return _multiply(_CONVOLUTION, dtype, x, weight, bias, settings=(*steps, False, [0] * dims, groups))
+    return _multiply(_CONVOLUTION, dtype, input, weight, bias, settings=(*steps, False, [0] * dims, groups))
 
 
 def _attend(
-    func: Any, dtype: torch.dtype, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, *, scale: float | None = None, **more: Any,
+    func: Any, dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, **more: Any,
 ) -> Tensor:  # fmt: skip
+    q, k, v = query, key, value
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     biased = attn_mask is not None and (attn_mask.requires_grad or attn_mask.ndim != 4)
     alike = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == v.shape[3]
