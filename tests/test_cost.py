@@ -1,6 +1,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,16 +127,17 @@ def test_a_broken_or_unwritable_cache_only_costs_time(tmp_path: Path, monkeypatc
     cost._peaks.cache_clear()
 
 
-def test_the_peak_is_that_of_products_with_weights_as_linear_layers_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    strides: list[tuple[int, ...]] = []
-
-    def seconds(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
-        strides.append(b.stride())
-        return 1.0
-
-    monkeypatch.setattr(cost, "_seconds_of_product", seconds)
+@pytest.mark.parametrize("lacking", [frozenset(), frozenset((torch.bfloat16,))])
+def test_the_peak_is_that_of_products_as_linear_layers_have_them(
+    monkeypatch: pytest.MonkeyPatch, lacking: frozenset[torch.dtype]
+) -> None:
+    products: list[Any] = []
+    monkeypatch.setattr(cost, "LACKING", lacking)
+    monkeypatch.setattr(cost, "_seconds", lambda product, device: products.append(product) or 1.0)
     assert cost._measure_peak(torch.device("cpu"), torch.bfloat16) == 2 * 256**3
-    assert set(strides) == {(1, 256)}
+    assert {product.args[-1].stride() for product in products} == {(1, 256)}
+    assert {product.func for product in products} == {cost.by_float32 if lacking else torch.mm}
+    assert products[0]().dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("ratio", "wanted"), [(4.0, "bf16"), (1.1, "fp32")])
@@ -178,5 +180,10 @@ def test_autocast_computes_in_the_precision() -> None:
         ("deit_micro", "bf16", torch.contiguous_format),
     ],
 )
-def test_the_layout_is_one_that_is_summed_well_in(name: str, precision: str, layout: torch.memory_format) -> None:
+def test_the_layout_is_one_that_is_summed_well_in(
+    name: str, precision: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "LACKING", frozenset())
     assert cost.memory_format(create_model(name), precision) == layout
+    monkeypatch.setattr(cost, "LACKING", frozenset((torch.bfloat16,)))  # which then goes by float32
+    assert cost.memory_format(create_model(name), precision) == cost.memory_format(create_model(name), "fp32")

@@ -30,6 +30,9 @@ def test_both_kernels_agree(monkeypatch: pytest.MonkeyPatch, biased: bool) -> No
 def test_bfloat16_takes_the_fused_kernel_for_inference_with_matrix_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, _ = (t.bfloat16() for t in operands())
     trained = q.clone().requires_grad_()
+    monkeypatch.setattr(attention, "LACKING", frozenset((torch.bfloat16,)))  # which then goes by float32
+    assert attention._prefers_fused(q, k, None)
+    monkeypatch.setattr(attention, "LACKING", frozenset())
     for tiles in (True, False):
         monkeypatch.setattr(attention, "_AMX", tiles)
         assert attention._prefers_fused(q, k, None) is tiles
