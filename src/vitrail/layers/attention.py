@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.layers.halves import LACKING
+from vitrail.layers.halves import LACKING, by_float32, lacking_type
 
 Sites = str | Sequence[str] | None
 _AMX = torch.cpu._is_amx_tile_supported()  # matrix tiles, which the fused kernel uses in bfloat16
@@ -54,7 +55,7 @@ def attend(
     if site.receiver is None and _prefers_fused(q, k, bias):
         if bias is not None and groups > 1:
             return _fused_in_groups(q, k, v, bias, dropout, scale)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+        return _fused(q, k, v, bias, dropout, scale)
     if bias is None:
         logits = (q * scale) @ k.transpose(-2, -1)
     else:
@@ -68,13 +69,50 @@ def attend(
     return F.dropout(weights, dropout) @ v if dropout else weights @ v
 
 
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
+    """torch's fused attention; of a half-precision type that this CPU lacks by way of float32 (see `layers.halves`)."""
+    dtype = None if torch.compiler.is_exporting() else lacking_type(q)
+    if dtype is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    constant = bias is None or (bias.ndim == 4 and not bias.requires_grad)
+    if not learns or not constant or dropout or q.shape[3] != v.shape[3]:
+        return by_float32(F.scaled_dot_product_attention, dtype, q, k, v, bias, dropout, scale=scale)
+    with torch.autocast("cpu", enabled=False):
+        halved = (x.to(dtype) for x in (q, k, v))
+        return _ByFloat32.apply(*halved, None if bias is None else bias.to(dtype).float(), scale)[0]
+
+
+class _ByFloat32(torch.autograd.Function):
+    """Fused attention of half-precision operands, kept as they are for its gradient, and the answer before it is rounded."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, ...]:
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        y, sums = fused(q.float(), k.float(), v.float(), attn_mask=mask, scale=scale)
+        return y.to(q.dtype), y, sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, v, mask, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v, mask, *output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, mask, y, sums = ctx.saved_tensors
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad.float(), q.float(), k.float(), v.float(), y, sums, 0.0, False, attn_mask=mask, scale=ctx.scale
+        )
+        return *(g.to(q.dtype) for g in gradients), None, None
+
+
 def _fused_in_groups(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float, scale: float) -> Tensor:
     """Items that have a bias of their own become heads, over which the fused kernel need not repeat the bias."""
     groups, heads = bias.shape[0], q.shape[1]
     q, k, v = (x.reshape(-1, groups * heads, *x.shape[2:]) for x in (q, k, v))
     bias = bias.expand(-1, heads, -1, -1).reshape(1, groups * heads, *bias.shape[2:])
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
-    return y.unflatten(1, (groups, heads)).flatten(0, 1)
+    return _fused(q, k, v, bias, dropout, scale).unflatten(1, (groups, heads)).flatten(0, 1)
 
 
 def _prefers_fused(q: Tensor, k: Tensor, bias: Tensor | None) -> bool:

@@ -2,7 +2,7 @@
 
 Where a CPU has no instructions for a half-precision type, torch multiplies in plain loops, 5 to 40 times slower than in
 float32 (torch 2.15, AVX2). Here such operands are rounded to the type, multiplied and summed in float32 as hardware that
-has the type does, and the result is rounded again. What a gradient needs is kept in half precision.
+has the type does, and the result is rounded again. What a gradient needs is kept in half precision. For attention see there.
 """
 
 from __future__ import annotations
@@ -91,30 +91,6 @@ class _Product(Function):
         with torch.autocast("cpu", enabled=False):  # in which compilers trace backward passes
             found = ctx.kind[1](grad.float(), a.float(), b.float(), wanted, ctx.settings)
             return *(None if g is None else g.to(a.dtype) for g in found), None, None
-
-
-class _Attention(Function):
-    """Fused attention of half-precision operands, kept as they are for its gradient, and the answer before it is rounded."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, ...]:
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        y, sums = fused(q.float(), k.float(), v.float(), attn_mask=mask, scale=scale)
-        return y.to(q.dtype), y, sums
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, mask, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, mask, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, mask, y, sums = ctx.saved_tensors
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad.float(), q.float(), k.float(), v.float(), y, sums, 0.0, False, attn_mask=mask, scale=ctx.scale
-        )
-        return *(g.to(q.dtype) for g in gradients), None, None
 
 
 def _linear_of(x: Tensor, weight: Tensor, bias: Tensor | None, _: Any) -> Tensor:
@@ -209,25 +185,9 @@ def _convolve(
     return _multiply(_CONVOLUTION, dtype, input, weight, bias, settings=(*steps, False, [0] * dims, groups))
 
 
-def _attend(
-    func: Any, dtype: torch.dtype, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, **more: Any,
-) -> Tensor:  # fmt: skip
-    q, k, v = query, key, value
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    biased = attn_mask is not None and (attn_mask.requires_grad or attn_mask.ndim != 4)
-    alike = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.shape[3] == v.shape[3]
-    if not learns or biased or not alike or dropout_p or is_causal or more:
-        return by_float32(func, dtype, q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **more)
-    mask = None if attn_mask is None or attn_mask.dtype == torch.bool else attn_mask.to(dtype).float()
-    with torch.autocast("cpu", enabled=False):
-        return _Attention.apply(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask if mask is None else mask, scale)[0]
-
-
 _PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolve),
     torch.einsum: _einsum,
-    F.scaled_dot_product_attention: _attend,
 }
