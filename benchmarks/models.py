@@ -382,11 +382,10 @@ def _status(key: str) -> float:
 
 
 def _seconds(step: Callable[[], None], device: str) -> float:
-    sync = torch.cuda.synchronize if device == "cuda" else lambda: None
-    sync()
+    cost.synchronise(torch.device(device))
     start = time.perf_counter()
     step()
-    sync()
+    cost.synchronise(torch.device(device))
     return time.perf_counter() - start
 
 

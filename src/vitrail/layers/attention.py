@@ -80,10 +80,10 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float,
         return by_float32(F.scaled_dot_product_attention, dtype, q, k, v, bias, dropout, scale=scale)
     with torch.autocast("cpu", enabled=False):
         halved = (x.to(dtype) for x in (q, k, v))
-        return _ByFloat32.apply(*halved, None if bias is None else bias.to(dtype).float(), scale)[0]
+        return _FusedByFloat32.apply(*halved, None if bias is None else bias.to(dtype).float(), scale)[0]
 
 
-class _ByFloat32(torch.autograd.Function):
+class _FusedByFloat32(torch.autograd.Function):
     """Fused attention of half-precision operands, kept as they are for its gradient, and the answer before it is rounded."""
 
     @staticmethod
