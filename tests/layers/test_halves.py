@@ -39,6 +39,15 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] =
     "sum of one factor": (lambda a: torch.einsum("abc->ca", a), ((2, 3, 4),)),
     "factors by name": (lambda x, w, b: F.linear(bias=b, input=x, weight=w), ((5, 8), (6, 8), (6,))),
     "attention": (attended, ((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 4))),
+    "attention of channels first": (
+        lambda *operands: attended(*(x.mT for x in operands)),
+        ((2, 2, 4, 5), (2, 2, 4, 6), (2, 2, 4, 6)),
+    ),
+    "attention of channels first with a bias": (
+        lambda q, k, v, bias: attended(q.mT, k.mT, v.mT, bias.detach().mT) + 0 * bias.sum(),
+        ((2, 2, 4, 5), (2, 2, 4, 6), (2, 2, 4, 6), (2, 1, 6, 5)),
+    ),
+    "attention to nothing": (attended, ((2, 2, 5, 4), (2, 2, 0, 4), (2, 2, 0, 4))),
     "attention of wider values": (attended, ((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 8))),
     "attention with a bias that learns": (attended, ((2, 2, 5, 4), (2, 2, 6, 4), (2, 2, 6, 4), (1, 2, 5, 6))),
     "attention with a bias": (
