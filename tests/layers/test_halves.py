@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.awake import awake
 from torch import Tensor
 
 from vitrail.cost import autocast
@@ -130,10 +131,7 @@ def answer(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("name", [name for name in MODELS if "_micro" in name])
 def test_every_family_is_as_exact_as_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = create_model(name, num_classes=5)
-    for parameter in model.parameters():
-        if not parameter.any():  # or the branches that start at zero would hide their errors
-            torch.nn.init.normal_(parameter, std=0.5)
+    model = awake(create_model(name, num_classes=5))
     x = torch.randn(4, *model.input_shape)
     exact = answer(copy.deepcopy(model).double(), x.double())
 

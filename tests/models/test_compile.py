@@ -8,6 +8,7 @@ from vitrail.models import MODELS
 
 FULL_GRAPH = """
 import sys, torch
+from tests.awake import awake
 from vitrail.layers.attention import attention_sites, record_attention
 from vitrail.models import MODELS, create_model
 
@@ -15,8 +16,7 @@ torch.set_num_threads(1)
 name = sys.argv[1]
 torch.manual_seed(0)
 # One block where all are alike: each is traced anew, for seconds.
-model = create_model(name, depth=1) if hasattr(MODELS[name], "depth") else create_model(name)
-torch.nn.init.normal_(model.head.linear.weight)
+model = awake(create_model(name, depth=1) if hasattr(MODELS[name], "depth") else create_model(name))
 x = torch.randn(2, *model.input_shape)
 traced = torch.compile(model, fullgraph=True, backend="aot_eager")  # forward and backward as one graph each
 traced(x).square().sum().backward()

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from tests.awake import awake
 from tests.models.counting import measured
 
 from vitrail.layers.features import Features
@@ -61,8 +62,7 @@ def test_published_parameter_counts(run_python) -> None:
 @pytest.mark.parametrize("name", MICROS)
 class TestEveryFamily:
     def test_contract(self, name: str) -> None:
-        model = create_model(name, num_classes=5).eval()
-        torch.nn.init.normal_(model.head.linear.weight)
+        model = awake(create_model(name, num_classes=5)).eval()
         x = example(model)
         features = model.features(x)
         assert isinstance(features, Features)
@@ -72,13 +72,7 @@ class TestEveryFamily:
         torch.testing.assert_close(model(x), model.head(model.pool(features)))
 
     def test_gradients_reach_every_parameter(self, name: str) -> None:
-        model = create_model(name, num_classes=5)
-        torch.nn.init.normal_(model.head.linear.weight)
-        for module in model.modules():  # a zero gain at the end of a branch hides the gradients before it
-            if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                torch.nn.init.ones_(module.weight)
-            if isinstance(module, torch.nn.Linear) and not module.weight.any():
-                torch.nn.init.normal_(module.weight)
+        model = awake(create_model(name, num_classes=5))
         model(example(model, 4)).square().sum().backward()
         silent = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         assert [n for n in silent if not n.startswith(UNREAD.get(name, " "))] == []
@@ -115,9 +109,8 @@ class TestEveryFamily:
         assert not model(example(model)).any()
 
     def test_checkpointing_changes_nothing(self, name: str) -> None:
-        model = create_model(name)
+        model = awake(create_model(name))
         x, grads = example(model, 3), []
-        torch.nn.init.normal_(model.head.linear.weight)
         state = {key: value.clone() for key, value in model.state_dict().items()}
         for on in (False, True):
             model.load_state_dict(state)
@@ -137,16 +130,14 @@ class TestEveryFamily:
         assert model.no_weight_decay() <= set(ids)
 
     def test_exports_to_a_full_graph(self, name: str) -> None:
-        model = create_model(name).eval()
-        torch.nn.init.normal_(model.head.linear.weight)
+        model = awake(create_model(name)).eval()
         x = example(model)
         program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("b", min=1, max=64)},))
         y = example(model, 5)
         torch.testing.assert_close(program.module()(y), model(y), atol=1e-5, rtol=1e-5)
 
     def test_half_precision_stays_close(self, name: str) -> None:
-        model = create_model(name).eval()
-        torch.nn.init.normal_(model.head.linear.weight)
+        model = awake(create_model(name)).eval()
         x = example(model, 4)
         exact = model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
