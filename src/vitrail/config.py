@@ -133,7 +133,7 @@ class InputConfig:
     """What enters the model; what is unset is taken from the model or its weights."""
 
     image_size: tuple[int, int] | None = None  # height,width in pixels; one number for a square
-    channels: int | None = None  # 1 = grey, 3 = colour, or what the files hold
+    channels: int | None = None  # 1 = grey, 2 = grey and opacity, 3 = colour, 4 = colour and opacity, or what the files hold
     fit: Fit | None = None  # crop the centre, pad to show the whole picture, or stretch it
     crop_fraction: float | None = None  # side of the centre crop as a fraction of the resized picture
     interpolation: Interpolation | None = None  # of resizing, with antialiasing

@@ -43,8 +43,8 @@ def decode_image(
 ) -> UInt8[Tensor, "c h w"]:
     """The picture as uint8 (channels, height, width), EXIF orientation applied; in memory the channel is the innermost axis.
 
-    channels: 1 gives luma, 3 colour, 4 colour and opacity; any other number must be the picture's own. mode "scaled" may
-    return a smaller picture whose sides are still >= min_size (height, width); only JPEG makes use of it.
+    channels: 1 gives luma, 2 luma and opacity, 3 colour, 4 colour and opacity; of more the picture must have as many. mode
+    "scaled" may return a smaller picture whose sides are still >= min_size (height, width); only JPEG makes use of it.
     Raises ImageError with the reason: missing, empty, cut short, not a picture, more than max_pixels pixels ...
     """
     image = open_image(data, channels=channels, max_pixels=max_pixels)
