@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import types
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,19 @@ def unknown(what: str, given: str, allowed: Iterable[str]) -> ConfigError:
     names = list(allowed)
     listing = f"; valid: {', '.join(names)}" if len(names) <= 16 else ""
     return ConfigError(f"unknown {what} {given!r}: did you mean {' or '.join(map(repr, nearest(given, names)))}?{listing}")
+
+
+def not_found(path: Path) -> str:
+    """What to say of a path that does not exist: that, and what is called most like it beside it."""
+    parent = path.parent
+    message = f"{path}: no such file or folder"
+    if not parent.is_dir():
+        return f"{message}; {parent} does not exist either"
+    try:
+        near = nearest(path.name, [entry.name for entry in itertools.islice(parent.iterdir(), 10_000)])  # comparing takes time
+    except OSError:  # a folder that may not be listed
+        near = []
+    return f"{message}; nearest in {parent.absolute()}: {', '.join(near)}" if near else message
 
 
 def to_dict(config: Any) -> Any:

@@ -112,10 +112,11 @@ def test_errors_are_one_message_unless_debugging(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["convert", str(tmp_path / "nothing"), str(tmp_path / "out")]
+    (tmp_path / "nothing-else").mkdir()
     assert main(words) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: ")
-    assert "no such file or folder" in said
+    assert f"nothing: no such file or folder; nearest in {tmp_path}: nothing-else" in said
     assert len(said.splitlines()) == 1
     monkeypatch.setenv("VITRAIL_DEBUG", "1")
     with pytest.raises((OSError, ValueError), match="no such file or folder"):  # the interpreter prints where

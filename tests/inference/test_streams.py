@@ -117,6 +117,7 @@ def test_no_stream(recording: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     ask = predictor(window=1.0)
     assert ask([f"http://127.0.0.1:{free}/a.ts"])[0].error.startswith("no stream: ")
     assert ask(["/dev/video77"])[0].error == "no such camera; cameras here: none"
+    assert "device file, as in /dev/video0" in ask(["0"])[0].error
     assert "ftp:// is none of http, https" in ask(["ftp://127.0.0.1/a.ts"])[0].error
     assert "file:// is none of" in ask([f"file://{recording}"])[0].error
     assert 'give window seconds, or "clip"' in predictor()(["rtsp://127.0.0.1/a"])[0].error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitrail import config as settings
-from vitrail.config import ModelCard, Preprocess
+from vitrail.config import ModelCard, Preprocess, not_found
 from vitrail.layers.lora import merged_state
 from vitrail.models import FAMILIES, MODELS, Model, create_model, family_of, override
 from vitrail.models.vit import ViT
@@ -236,9 +236,10 @@ def _weights_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.exists():
-        hint = f" ({path} is a model's name: create_model makes it, pretrained=True with published weights)"
-        hint = hint if str(path) in MODELS else ""
-        raise CheckpointError(f"{path}: no such file or folder{hint}")
+        if str(path) in MODELS:
+            told = f"{path} is a model's name: create_model makes it, pretrained=True with published weights"
+            raise CheckpointError(f"{path}: no such file or folder ({told})")
+        raise CheckpointError(not_found(path))
     for folder in (path, path / "model", path / "best"):
         for name in _NAMES:
             if (folder / name).is_file():

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vitrail.config import ConfigError, DataConfig, flat, nearest
+from vitrail.config import ConfigError, DataConfig, flat, not_found
 from vitrail.data.arrow import is_dataset_folder, is_dataset_object, read_dataset, read_dataset_folder
 from vitrail.data.embedded import NAMES as EMBEDDED
 from vitrail.data.embedded import read_embedded
@@ -83,7 +83,7 @@ def _read_path(text: str, config: DataConfig) -> tuple[Listing, str]:
         paths = expand_shards(str(path))
         return read_shards(paths, config), paths[0].stem
     if not path.exists():
-        raise DataError(_not_found(path))
+        raise DataError(not_found(path))
     if path.suffix.lower() in TABLES:
         return read_table(path, config), path.stem
     raise DataError(
@@ -115,12 +115,3 @@ def _read_directory(path: Path, config: DataConfig) -> Listing:
         raise DataError(f"{path}: several tables ({', '.join(table.name for table in tables)}); name the one to open") from None
     ignored = f"read as class folders; tables ignored: {', '.join(table.name for table in tables)}"
     return replace(listing, notes=(*listing.notes, ignored))
-
-
-def _not_found(path: Path) -> str:
-    parent = path.parent
-    message = f"{path}: no such file or folder"
-    if parent.is_dir():
-        near = nearest(path.name, [entry.name for entry in parent.iterdir()])
-        return f"{message}; nearest in {parent.absolute()}: {', '.join(near)}" if near else message
-    return f"{message}; {parent} does not exist either"

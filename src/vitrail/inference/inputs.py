@@ -95,7 +95,9 @@ def _paths(text: str, kind: Kind) -> Iterator[Asked]:
     elif text == FILM and kind is VIDEOS:
         yield Asked(str(BIKES), str(BIKES))
     else:
-        yield Asked(text, None, "no such file or folder")
+        camera = kind is VIDEOS and (text.isdecimal() or text.lower() in ("webcam", "camera"))
+        told = " (a camera is asked for by its device file, as in /dev/video0)" if camera else ""
+        yield Asked(text, None, f"no such file or folder{told}")
 
 
 def _names(lines: Iterable[str]) -> Iterator[str]:
