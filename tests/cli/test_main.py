@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,12 +22,13 @@ def vitrail(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_help_is_quick_and_starts_nothing_heavy(run_python: Callable[..., str]) -> None:
-    def seconds() -> float:
-        begin = time.perf_counter()
+    def seconds() -> float:  # of the processor, which other work on the machine hardly changes
+        before = os.times()
         assert vitrail("--help").returncode == 0
-        return time.perf_counter() - begin
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
 
-    assert min(seconds() for _ in range(3)) < 0.5
+    assert 0 < min(seconds() for _ in range(3)) < 0.5
     loaded = run_python("import sys, vitrail.cli; vitrail.cli.main(['--help']); print('modules:', *sys.modules)", fresh=True)
     assert not {"torch", "tyro", "numpy", "yaml"} & set(loaded.split("modules:")[1].split())
 
