@@ -27,7 +27,6 @@ if os.environ.get("VITRAIL_TYPECHECK", "1") != "0":
     install_import_hook([".".join(path.relative_to(SOURCES).with_suffix("").parts) for path in SHAPED], "beartype.beartype")
 
 import numpy as np
-import torch
 from PIL import Image
 from tests import proofs
 from tests.peers import pairs
@@ -40,6 +39,8 @@ COLOURS = {"blue": (40, 60, 200), "green": (60, 170, 70), "red": (210, 50, 40)}
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Every test draws the same numbers, whichever tests its worker ran before."""
+    import torch  # not by the process that only hands tests to workers
+
     torch.manual_seed(0)
 
 

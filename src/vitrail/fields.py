@@ -1,6 +1,7 @@
 """Frozen dataclasses to and from plain dictionaries, JSON and YAML, and copies of them with named fields replaced.
 
-Knows no dataclass of its own; `vitrail.config` offers all of this beside the settings.
+Besides, what errors say of a name or path that does not exist. Knows no dataclass of its own; `vitrail.config` offers all of
+this beside the settings.
 """
 
 from __future__ import annotations

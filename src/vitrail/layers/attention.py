@@ -76,11 +76,12 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float,
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     constant = bias is None or (bias.ndim == 4 and not bias.requires_grad)
-    some = min(q.numel(), k.numel()) > 0
-    if not learns or not constant or not some or dropout or q.shape[3] != v.shape[3]:
+    nothing = not (q.numel() and k.numel())
+    if not learns or not constant or nothing or dropout or q.shape[3] != v.shape[3]:
         return by_float32(F.scaled_dot_product_attention, dtype, q, k, v, bias, dropout, scale=scale)
     with torch.autocast("cpu", enabled=False):
-        halved = (x if x.stride(3) == 1 else x.contiguous() for x in (x.to(dtype) for x in (q, k, v)))  # the kernel asks it
+        halved = (x.to(dtype) for x in (q, k, v))
+        halved = (x if x.stride(3) == 1 else x.contiguous() for x in halved)  # the kernel takes it for granted
         return _FusedByFloat32.apply(*halved, None if bias is None else bias.to(dtype).float(), scale)[0]
 
 
